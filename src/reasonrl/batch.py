@@ -1,0 +1,205 @@
+"""Rows of credited trajectories to padded tensors: the only place where padding happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from reasonrl.types import Batch, Replay, Segment, Stage, Trajectory
+
+if TYPE_CHECKING:
+    from reasonrl.interfaces import Trainable
+
+Claim = tuple[str, ...]
+"""The stages of one objective, in order."""
+
+
+@frozen(eq=False)
+class Row:
+    """One trajectory with its credit: advantage and group by stage, and which stages it trains.
+
+    A draw that several trajectories share is trained in the first of them only.
+    """
+
+    trajectory: Trajectory
+    advantages: Mapping[str, float]
+    groups: Mapping[str, int]
+    trained: frozenset[str]
+
+    def mask(self, stage: str) -> Tensor:
+        """(T,) bool: the stage's actions that are trained in this row."""
+        mask = self.trajectory.segments[stage].mask
+        return mask if stage in self.trained else torch.zeros_like(mask)
+
+
+def collate(rows: Sequence[Row], stages: Sequence[str], *, device: torch.device | None = None) -> Batch:
+    """Returns one batch of these rows with every stage that any of them has."""
+    present = [s for s in stages if any(s in row.trajectory.segments for row in rows)]
+    padded = {name: _stage(name, rows, device) for name in present}
+    return Batch(tuple(row.trajectory for row in rows), padded)
+
+
+def _stage(name: str, rows: Sequence[Row], device: torch.device | None) -> Stage:
+    segments = [row.trajectory.segments.get(name) for row in rows]
+    first = next(s for s in segments if s is not None)
+    length = max(len(s.actions) for s in segments if s is not None)
+
+    def padded(pick: Callable[[Row, Segment], Tensor]) -> Tensor:
+        example = pick(next(r for r in rows if name in r.trajectory.segments), first)
+        out = example.new_zeros(len(rows), length, *example.shape[1:])
+        for i, (row, segment) in enumerate(zip(rows, segments, strict=True)):
+            if segment is not None:
+                out[i, : len(segment.actions)] = pick(row, segment)
+        return out.to(device)
+
+    likelihoods = all(s is None or s.log_probs is not None for s in segments)
+    return Stage(
+        name=name,
+        keys=tuple(
+            (row.trajectory.prompt.id, () if s is None else s.member)
+            for row, s in zip(rows, segments, strict=True)
+        ),
+        actions=padded(lambda _, s: s.actions),
+        present=padded(lambda _, s: torch.ones_like(s.mask)),
+        mask=padded(lambda row, _: row.mask(name)),
+        advantages=torch.tensor([row.advantages.get(name, 0.0) for row in rows], device=device),
+        groups=torch.tensor([row.groups.get(name, -1) for row in rows], device=device),
+        log_probs=padded(lambda _, s: s.log_probs) if likelihoods else None,  # type: ignore[arg-type, return-value]
+        context={
+            key: [None if s is None else s.context[key].to(device) for s in segments]
+            for key in first.context
+        },
+    )
+
+
+def trained_mask(rows: Sequence[Row], claim: Claim) -> Tensor:
+    """(N, T) bool: the claim's trained actions of these rows, its stages joined along T."""
+    joined = [
+        torch.cat([row.mask(s) for s in claim if s in row.trajectory.segments] or [torch.zeros(0, dtype=torch.bool)])
+        for row in rows
+    ]
+    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True) if joined else torch.zeros(0, 0, dtype=torch.bool)
+
+
+def minibatches(rows: Sequence[Row], num_updates: int) -> Iterator[list[Row]]:
+    """Splits rows into `num_updates` parts of whole prompts, as even as whole prompts allow."""
+    prompts = list(dict.fromkeys(row.trajectory.prompt.id for row in rows))
+    for part in range(num_updates):
+        mine = set(prompts[part::num_updates])
+        share = [row for row in rows if row.trajectory.prompt.id in mine]
+        if share:
+            yield share
+
+
+def passes(
+    rows: Sequence[Row],
+    trainable: Trainable,
+    *,
+    num_rows: int | None,
+    num_actions: int | None,
+    whole_groups: bool,
+    num_passes: Callable[[int], int],
+    device: torch.device | None = None,
+) -> Iterator[tuple[float, Batch]]:
+    """Yields (share, batch) of one trainable's work; idle ranks repeat a batch with share 0.
+
+    Rows are unique by the addresses of the trainable's own draws: a plan with k images is replayed once
+    by a planner and k times by a unified policy. Rows that train nothing are left out.
+    """
+    stages = trainable.stages
+    work = [row for row in _unique(rows, stages) if any(row.mask(s).any() for s in stages if s in row.trajectory.segments)]
+    chunks = _chunks(work, num_rows, stages if whole_groups else None)
+    batches = [
+        window
+        for chunk in chunks
+        for window in _windows(collate(chunk, stages, device=device), num_actions if trainable.factorised else None)
+    ]
+    for batch in batches:
+        yield 1.0, batch
+    for _ in range(num_passes(len(batches)) - len(batches)):
+        # Every rank runs the same number of passes; a pass evaluates at least one action.
+        yield 0.0, batches[0] if batches else collate(list(rows)[:1], stages, device=device)
+
+
+def _unique(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:
+    merged: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        segments = row.trajectory.segments
+        key = (row.trajectory.prompt.id, *((s, segments[s].member) for s in stages if s in segments))
+        known = merged.get(key)
+        merged[key] = row if known is None else evolve(known, trained=known.trained | row.trained)
+    return list(merged.values())
+
+
+def _chunks(rows: list[Row], num_rows: int | None, whole_by: Sequence[str] | None) -> Iterator[list[Row]]:
+    if not rows:
+        return
+    size = num_rows or len(rows)
+    if whole_by is None:
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+        return
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.groups.get(s) for s in whole_by), []).append(row)
+    chunk: list[Row] = []
+    for group in groups.values():
+        if chunk and len(chunk) + len(group) > size:
+            yield chunk
+            chunk = []
+        chunk = chunk + group
+    yield chunk
+
+
+def _windows(batch: Batch, num_actions: int | None) -> Iterator[Batch]:
+    """Splits the trained actions of a factorised trainable into windows of `num_actions`, by masks alone."""
+    if num_actions is None:
+        yield batch
+        return
+    length = max(stage.mask.shape[1] for stage in batch.stages.values())
+    for start in range(0, length, num_actions):
+        window = {}
+        for name, stage in batch.stages.items():
+            inside = torch.zeros_like(stage.mask)
+            inside[:, start : start + num_actions] = True
+            window[name] = evolve(stage, mask=stage.mask & inside)
+        if any(stage.mask.any() for stage in window.values()):
+            yield evolve(batch, stages=window)
+
+
+def join_stages(batch: Batch, claim: Claim) -> Stage:
+    """Returns the claim's stages of a batch as one, joined along T; one stage is itself."""
+    parts = [batch.stages[name] for name in claim if name in batch.stages]
+    if len(parts) == 1:
+        return parts[0]
+    log_probs = [part.log_probs for part in parts]
+    return evolve(
+        parts[-1],
+        name="+".join(claim),
+        actions=torch.cat([p.actions for p in parts], 1) if len({p.actions.ndim for p in parts}) == 1 else parts[-1].actions,
+        present=torch.cat([p.present for p in parts], 1),
+        mask=torch.cat([p.mask for p in parts], 1),
+        log_probs=None if any(x is None for x in log_probs) else torch.cat(log_probs, 1),  # type: ignore[arg-type]
+        context={f"{p.name}.{k}": v for p in parts for k, v in p.context.items()},
+    )
+
+
+def join_replays(replays: Mapping[str, Replay], claim: Claim) -> Replay:
+    """Returns the claim's replays as one, joined along T; one replay is itself."""
+    parts = [replays[name] for name in claim if name in replays]
+    if len(parts) == 1:
+        return parts[0]
+    names = set.intersection(*(set(part.extras) for part in parts))
+    return Replay(
+        log_probs=_join([part.log_probs for part in parts]),
+        entropy=_join([part.entropy for part in parts]),
+        extras={name: torch.cat([part.extras[name] for part in parts], 1) for name in sorted(names)},
+    )
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    whole = [part for part in parts if part is not None]
+    return torch.cat(whole, 1) if len(whole) == len(parts) else None

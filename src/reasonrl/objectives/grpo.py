@@ -1,0 +1,80 @@
+"""GRPO: advantages relative to the group, a clipped surrogate, and k3 to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, final
+
+import torch
+from attrs import field, frozen, validators
+from torch import Tensor
+
+from reasonrl.interfaces import Objective
+from reasonrl.kernels import clipped_surrogate, group_advantages, k3
+from reasonrl.types import Loss, Replay, Rewards, Stage
+
+
+def _keep(step: int) -> float:
+    return 1.0
+
+
+@final
+@frozen
+class GRPO(Objective):
+    """Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3 and 4).
+
+    The loss of a stage is a mean over its own trained actions, so 64 image tokens do not drown 30 reasoning
+    tokens: each stage weighs the same.
+    """
+
+    clip: float = field(default=0.2, validator=validators.gt(0))
+    """ρ is clipped below 1 − clip, and above 1 + clip unless `clip_high` says otherwise."""
+    clip_high: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
+    kl: float = field(default=0.0, validator=validators.ge(0))
+    """Weight of k3 to the starting weights; 0 keeps no reference in memory."""
+    scale: Literal["std", "none"] = field(default="std", validator=validators.in_(("std", "none")))
+    """Divide advantages by the group's standard deviation, or not (Dr. GRPO)."""
+    eps: float = field(default=1e-4, validator=validators.gt(0))
+    """Added to the standard deviation; rewards are in [0, 1] by convention."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Log-probs to learn from, entropy to watch."""
+        return frozenset({"log_probs", "entropy"})
+
+    @property
+    def shadows(self) -> Mapping[str, Callable[[int], float]]:
+        """The reference, where the KL weight is above 0."""
+        return {"reference": _keep} if self.kl else {}
+
+    @property
+    def smallest_group(self) -> int:
+        """Two: a group of one has no baseline."""
+        return 2
+
+    def advantages(self, rewards: Rewards) -> tuple[Tensor, Tensor]:
+        """Returns (r − mean) / (std + eps) within each group; incomplete draws take no part."""
+        return group_advantages(
+            rewards.total, rewards.groups, rewards.complete, scale=self.scale, eps=self.eps
+        )
+
+    def loss(self, stage: Stage, replay: Replay, frozen: Mapping[str, Replay]) -> Loss:
+        """Returns the clipped surrogate plus kl × k3, summed over trained actions."""
+        mask = stage.mask
+        live = replay.log_probs[mask]
+        old = live.detach() if stage.log_probs is None else stage.log_probs[mask]
+        advantages = stage.advantages[:, None].expand_as(mask)[mask]
+        high = self.clip if self.clip_high is None else self.clip_high
+        surrogate, clipped = clipped_surrogate(live, old, advantages, low=self.clip, high=high)
+        total = surrogate.sum()
+        metrics = {
+            "surrogate": surrogate.detach().sum(),
+            "clip_frac": clipped.float().sum(),
+            "ratio": (live.detach() - old).exp().sum(),
+            "entropy": replay.entropy[mask].sum(),
+        }
+        if self.kl:
+            divergence = k3(live, frozen["reference"].log_probs[mask])
+            total = total + self.kl * divergence.sum()
+            metrics["kl"] = divergence.detach().sum()
+        return Loss(total, {k: torch.as_tensor(v) for k, v in metrics.items()})

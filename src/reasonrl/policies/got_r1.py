@@ -1,0 +1,252 @@
+"""GoT-R1: a multimodal LLM writes a Generation Chain-of-Thought, then the image's tokens (arXiv 2505.17022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import torch
+from attrs import evolve, field, frozen, validators
+from torch import Tensor, nn
+
+from reasonrl.errors import ConfigError, DataError
+from reasonrl.interfaces import Policy, Teachable
+from reasonrl.noise import Draw, uniform
+from reasonrl.policies.janus import Loader, SpecialTokens, quiet, special_tokens
+from reasonrl.policies.janus_sampler import Drawn, Sampler
+from reasonrl.types import Batch, Prompt, Replay, Segment, Stop, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from reasonrl.policies.janus import JanusModule
+
+TEMPLATE = "Follow the caption to generate an image through a chain of thought process: {prompt}"
+REASONING, IMAGE = "reasoning", "image"
+
+
+@final
+@frozen
+class GoTR1(Policy, Teachable):
+    """Reasoning tokens until begin-of-image, then image tokens under classifier-free guidance.
+
+    The defaults are those of the authors' inference code: temperature 1, guidance 5, at most 600 reasoning tokens,
+    begin-of-image appended where it is missing. Text is drawn without guidance. The unconditional branch is the
+    sequence with everything between its first and last token blanked: prompt and plan are dropped together.
+    """
+
+    checkpoint: str = "nano"
+    """"nano" (packaged), a folder, or a Hub name, in transformers' Janus format."""
+    guidance: float = field(default=5.0, validator=validators.ge(0))
+    """w of l = u + w (c − u) for image tokens; 1 = the conditional branch alone, at half the cost."""
+    temperature: float = field(default=1.0, validator=validators.gt(0))
+    max_tokens: int = field(default=600, validator=validators.ge(1))
+    """Most reasoning tokens, begin-of-image included."""
+    template: str = field(default=TEMPLATE)
+    sample_rows: int = field(default=256, validator=validators.ge(1))
+    """Trajectories drawn at once; part of the batch composition, so of bit-exactness."""
+    blank_frac: float = field(default=0.1, validator=[validators.ge(0), validators.le(1)])
+    """Share of demonstrations whose prompt and plan are blanked: they teach the unconditional branch."""
+    _loader: Loader = field(factory=Loader, eq=False, repr=False)
+
+    @template.validator
+    def _has_prompt(self, _: object, value: str) -> None:
+        if value.count("{prompt}") != 1:
+            raise ConfigError(f"template must contain {{prompt}} once, got {value!r}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Reasoning, then image."""
+        return (REASONING, IMAGE)
+
+    @property
+    def offers(self) -> Mapping[str, frozenset[str]]:
+        """Log-probs and entropies of both stages."""
+        both = frozenset({"log_probs", "entropy"})
+        return {REASONING: both, IMAGE: both}
+
+    @property
+    def module(self) -> JanusModule:
+        """The Janus model, loaded on first use."""
+        return self._loader.load(self.checkpoint)[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        return self._loader.load(self.checkpoint)[1]
+
+    @property
+    def special(self) -> SpecialTokens:
+        """Ids of the tokens the policy writes itself."""
+        return special_tokens(self.tokenizer, self.module)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens a picture: 576 for Janus-Pro, 64 for nano."""
+        return int(self.module.model.config.vision_config.num_image_tokens)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises DataError for prompts with words the tokenizer does not know, or with control tokens."""
+        wrong = [f"{p.id} ({why})" for p in prompts if (why := self._complaint(p.text))]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise DataError(f"{self.checkpoint} cannot read prompt {'; '.join(wrong[:3])}{more}: reword or remove them")
+
+    def sample(self, prompts: Sequence[Prompt], *, group_size: int, draw: Draw) -> list[Trajectory]:
+        """Draws whole groups; each prompt is prefilled once for its group."""
+        self.check(prompts)
+        size = max(1, self.sample_rows // group_size)
+        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        return [t for chunk in chunks for t in self._sample(chunk, group_size, draw)]
+
+    def replay(self, batch: Batch, needs: Mapping[str, frozenset[str]]) -> dict[str, Replay]:
+        """Returns log-probs of the tempered, guided distribution that `sample` drew from; one pass for both stages."""
+        packed = _Packed.of(batch, needs, self.special.pad)
+        entropy = any("entropy" in wanted for wanted in needs.values())
+        found = self.module(
+            packed.text,
+            packed.image,
+            packed.lengths,
+            packed.text_at,
+            packed.image_at,
+            blank=packed.blank,
+            guidance=self.guidance,
+            temperature=self.temperature,
+            entropy=entropy,
+        )
+        return {name: _scattered(batch.stages[name].mask, found.get(name), entropy) for name in needs}
+
+    def encode(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Adds segments for texts["reasoning"] and artifacts["image_tokens"] ((T,) ids); no log-probs: it is data."""
+        self.check([t.prompt for t in trajectories])
+        return [self._encoded(t) for t in trajectories]
+
+    def save(self, folder: Path) -> None:
+        """Writes a transformers checkpoint: config, safetensors, tokenizer."""
+        with quiet():
+            self.module.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def _sample(self, prompts: Sequence[Prompt], group_size: int, draw: Draw) -> list[Trajectory]:
+        rows = [(p, (g,)) for p in prompts for g in range(group_size)]
+        keys = {s: [draw.key(p.id, m, s) for p, m in rows] for s in self.stages}
+        ids = [self._prompt_ids(p.text) for p in prompts]
+        sampler = Sampler(self.module, self.special, guidance=self.guidance, temperature=self.temperature)
+        drawn = sampler.draw(
+            ids,
+            group_size,
+            text_uniforms=uniform(keys[REASONING], self.max_tokens),
+            image_uniforms=uniform(keys[IMAGE], self.num_image_tokens),
+        )
+        return [self._trajectory(p, m, ids[i // group_size], drawn, i) for i, (p, m) in enumerate(rows)]
+
+    def _trajectory(
+        self, prompt: Prompt, member: tuple[int, ...], ids: Tensor, drawn: Drawn, row: int
+    ) -> Trajectory:
+        length = int(drawn.text_lengths[row])
+        text = drawn.text[row, :length]
+        mask = ~drawn.text_forced[row, :length]
+        reasoning = Segment(
+            REASONING, member, text, mask, drawn.text_log_probs[row, :length], {"prompt_ids": ids}
+        )
+        image_mask = torch.ones(drawn.image.shape[1], dtype=torch.bool)
+        blank = {"blank": torch.tensor(False)}
+        image = Segment(IMAGE, member, drawn.image[row], image_mask, drawn.image_log_probs[row], blank)
+        return Trajectory(
+            prompt=prompt,
+            member=member,
+            segments={REASONING: reasoning, IMAGE: image},
+            texts={REASONING: self._decode(text)},
+            stop=Stop.END if bool(mask[-1]) else Stop.LENGTH,
+        )
+
+    def _decode(self, ids: Tensor) -> str:
+        special = self.special
+        control = {special.begin_image, special.end_text, special.pad, special.begin_text}
+        kept = [i for i in ids.tolist() if i not in control]
+        # The box and object tokens are ordinary added tokens: skip_special_tokens would drop them in some tokenizers.
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False)).strip()
+
+    def _encoded(self, trajectory: Trajectory) -> Trajectory:
+        prompt_ids = self._prompt_ids(trajectory.prompt.text)
+        text = torch.tensor(self._ids(trajectory.texts[REASONING]) + [self.special.begin_image])
+        image = torch.as_tensor(trajectory.artifacts["image_tokens"]).long()
+        member = trajectory.member or (0,)
+        # Addressed noise decides which demonstrations are blanked, so that the choice survives a resume.
+        key = Draw(0, 0).key(trajectory.prompt.id, member, IMAGE, "blank")
+        blank = bool(uniform([key], 1).item() < self.blank_frac)
+        trained = torch.full((len(text),), not blank)
+        segments = {
+            REASONING: Segment(REASONING, member, text, trained, None, {"prompt_ids": prompt_ids}),
+            IMAGE: Segment(
+                IMAGE, member, image, torch.ones(len(image), dtype=torch.bool), None, {"blank": torch.tensor(blank)}
+            ),
+        }
+        return evolve(trajectory, member=member, segments=segments)
+
+    def _prompt_ids(self, text: str) -> Tensor:
+        filled = self.template.replace("{prompt}", text)
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": filled}]
+            filled = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        ids = self._ids(filled)
+        begin = self.special.begin_text
+        return torch.tensor(ids if ids[:1] == [begin] else [begin, *ids])
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _complaint(self, text: str) -> str:
+        control = [t for t in self.tokenizer.all_special_tokens if t in text]
+        if control:
+            return f"contains the control token {control[0]!r}"
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return ""
+        words = [w for w in text.split() if unknown in self._ids(w)]
+        return f"unknown word {', '.join(repr(w) for w in dict.fromkeys(words))}" if words else ""
+
+
+@frozen(eq=False)
+class _Packed:
+    """A batch as the module reads it: prompt and reasoning in one row, image tokens in another."""
+
+    text: Tensor
+    image: Tensor
+    lengths: Tensor
+    text_at: Tensor
+    image_at: Tensor
+    blank: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, needs: Mapping[str, frozenset[str]], pad: int) -> _Packed:
+        reasoning = batch.stages[REASONING]
+        prompts = reasoning.context["prompt_ids"]
+        counts = reasoning.present.sum(1)
+        rows = [torch.cat([p, a[:n]]) for p, a, n in zip(prompts, reasoning.actions, counts, strict=True)]
+        text = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(r) for r in rows], device=text.device)
+        text_at = torch.zeros_like(text, dtype=torch.bool)
+        wanted = reasoning.mask if REASONING in needs else torch.zeros_like(reasoning.mask)
+        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            text_at[i, len(prompt) : len(prompt) + count] = wanted[i, :count]
+        image = batch.stages.get(IMAGE)
+        if image is None:
+            empty = text.new_zeros(len(rows), 0)
+            return cls(text, empty, lengths, text_at, empty.bool(), torch.zeros_like(lengths, dtype=torch.bool))
+        image_at = image.mask if IMAGE in needs else torch.zeros_like(image.mask)
+        blank = torch.stack([torch.tensor(False, device=text.device) if b is None else b for b in image.context["blank"]])
+        return cls(text, image.actions, lengths, text_at, image_at, blank)
+
+
+def _scattered(mask: Tensor, found: tuple[Tensor, Tensor | None] | None, entropy: bool) -> Replay:
+    """Returns flat results in their (N, T) places, 0 elsewhere."""
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    if found is None:
+        return Replay(zeros, zeros if entropy else None)
+    log_prob, spread = found
+    return Replay(
+        zeros.masked_scatter(mask, log_prob.float()),
+        None if spread is None else zeros.masked_scatter(mask, spread.float()),
+    )

@@ -1,0 +1,253 @@
+"""Janus checkpoints: a `transformers` model, its tokenizer, and the two heads' log-probs inside one forward."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, frozen
+from torch import Tensor, nn
+
+from reasonrl.errors import CheckpointError, ConfigError
+from reasonrl.kernels import selective_log_prob
+
+if TYPE_CHECKING:
+    from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
+
+NANO = "nano"
+
+
+@frozen
+class SpecialTokens:
+    """Ids that the policy writes or looks for."""
+
+    begin_text: int
+    end_text: int
+    pad: int
+    begin_image: int
+
+
+@define(eq=False)
+class Loader:
+    """Holds one loaded checkpoint, so that variants of a policy (`attrs.evolve`) share its weights."""
+
+    path: str | None = None
+    _loaded: tuple[JanusModule, PreTrainedTokenizerBase] | None = None
+
+    def load(self, path: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
+        """Returns module and tokenizer, loading them once; raises CheckpointError."""
+        if self._loaded is None or self.path != path:
+            self._loaded = load_checkpoint(path)
+            self.path = path
+        return self._loaded
+
+
+class JanusModule(nn.Module):
+    """Wraps a Janus model so that log-probs, guidance included, are computed inside forward."""
+
+    def __init__(self, model: JanusForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        # Neither tower takes part in drawing: no gradient reaches them, so they are not trained.
+        for tower in (model.model.vision_model, model.model.aligner, model.model.vqmodel):
+            tower.requires_grad_(False)
+
+    def forward(
+        self,
+        text: Tensor,
+        image: Tensor,
+        lengths: Tensor,
+        text_at: Tensor,
+        image_at: Tensor,
+        *,
+        blank: Tensor,
+        guidance: float,
+        temperature: float,
+        entropy: bool,
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Returns float32 log-probs (and entropies) of the wanted text and image tokens, each flat.
+
+        text (N, L) is the right-padded prompt and reasoning, `lengths` (N,) its true length up to and
+        including begin-of-image; image (N, T) follows it. text_at (N, L) and image_at (N, T) mark the
+        wanted tokens. `blank` (N,) rows see the unconditional prefix instead of their own.
+        """
+        rows = torch.where(blank, 1, 0)
+        has_image = bool(image_at.any())
+        prefix = text if not blank.any() else torch.where(rows.bool()[:, None], self.unconditional(text, lengths), text)
+        hidden = self._hidden(prefix, image if has_image else image[:, :0], lengths)
+        out: dict[str, tuple[Tensor, Tensor | None]] = {}
+        if bool(text_at.any()):
+            # The token at position t is predicted by the hidden state at t - 1.
+            states = hidden[:, : text.shape[1] - 1][text_at[:, 1:]]
+            found = selective_log_prob(
+                self.model.lm_head(states), text[:, 1:][text_at[:, 1:]], temperature=temperature, return_entropy=entropy
+            )
+            out["reasoning"] = (found.log_prob, found.entropy)
+        if has_image:
+            where = _image_positions(lengths, image.shape[1])
+            logits = self._image_logits(hidden, where, image_at)
+            uncond = None
+            if guidance != 1.0:
+                other = self._hidden(self.unconditional(text, lengths), image, lengths)
+                uncond = self._image_logits(other, where, image_at)
+            found = selective_log_prob(
+                logits,
+                image[image_at],
+                uncond_logits=uncond,
+                cfg_weight=guidance,
+                temperature=temperature,
+                return_entropy=entropy,
+            )
+            out["image"] = (found.log_prob, found.entropy)
+        return out
+
+    def unconditional(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """Returns (N, L) prefixes of the same lengths with all but the first and last token blanked (GoT-R1)."""
+        at = torch.arange(text.shape[1], device=text.device)
+        keep = (at == 0) | (at == lengths[:, None] - 1)
+        return torch.where(keep, text, self.model.config.text_config.pad_token_id)
+
+    def embed_image(self, tokens: Tensor) -> Tensor:
+        """Returns (..., D) input embeddings of image tokens."""
+        return self.model.prepare_embeddings_for_image_generation(tokens)
+
+    def _image_logits(self, hidden: Tensor, where: Tensor, image_at: Tensor) -> Tensor:
+        states = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.model.model.generation_head(states[image_at])
+
+    def _hidden(self, text: Tensor, image: Tensor, lengths: Tensor) -> Tensor:
+        """Returns (N, L + T, D) states of text rows each followed at once by its image tokens.
+
+        Padding is on the right and attention is causal, so no mask is needed.
+        """
+        embedded = self.model.get_input_embeddings()(text)
+        if image.shape[1]:
+            space = embedded.new_zeros(*image.shape, embedded.shape[-1])
+            at = _image_positions(lengths, image.shape[1]) + 1
+            embedded = torch.cat([embedded, space], 1).scatter(
+                1, at[..., None].expand(-1, -1, embedded.shape[-1]), self.embed_image(image).to(embedded.dtype)
+            )
+        return self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+
+def _image_positions(lengths: Tensor, num_tokens: int) -> Tensor:
+    """(N, T) positions of the states that predict each image token: begin-of-image first."""
+    return lengths[:, None] - 1 + torch.arange(num_tokens, device=lengths.device)
+
+
+@contextlib.contextmanager
+def checkpoint_folder(path: str) -> Iterator[Path]:
+    """Yields the folder of a checkpoint: "nano" is the packaged one, otherwise a folder or a Hub name."""
+    if path == NANO:
+        with as_file(files("reasonrl.scenes") / "nano") as folder:
+            yield folder
+        return
+    folder = Path(path)
+    if not folder.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise CheckpointError(f"no checkpoint at {path}: give a folder, 'nano', or a Hub name like owner/model")
+    yield folder
+
+
+def load_checkpoint(path: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
+    """Returns the module in float32 or its own dtype, and the tokenizer; safetensors only, no remote code."""
+    with checkpoint_folder(path) as folder:
+        return JanusModule(_model(folder)), _tokenizer(folder)
+
+
+def _model(folder: Path) -> JanusForConditionalGeneration:
+    from safetensors import SafetensorError
+    from transformers import JanusForConditionalGeneration
+
+    if folder.exists():
+        _refuse_incomplete(folder)
+    with quiet():
+        try:
+            model, info = JanusForConditionalGeneration.from_pretrained(
+                str(folder), use_safetensors=True, output_loading_info=True, dtype="auto"
+            )
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{folder}/model.safetensors cannot be read ({error}): it is truncated or no safetensors file"
+            ) from error
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} is no Janus checkpoint: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    foreign = sorted(info["unexpected_keys"])
+    if missing or foreign:
+        raise CheckpointError(
+            f"{folder}/model.safetensors does not fit JanusForConditionalGeneration: {len(missing)} weights missing"
+            f" (first {missing[:1]}), {len(foreign)} unknown (first {foreign[:1]}): is it another model's file?"
+        )
+    _refuse_dropout(model, folder)
+    return model.eval()
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    wanted = {"config.json": ["config.json"], "weights": [p.name for p in folder.glob("*.safetensors")]}
+    lacking = [what for what, names in wanted.items() if not names or not all((folder / n).is_file() for n in names)]
+    if lacking:
+        raise CheckpointError(
+            f"{folder} holds no {' and no '.join(lacking)}: a checkpoint folder has config.json, model.safetensors"
+            " and tokenizer files"
+        )
+
+
+def _refuse_dropout(model: JanusForConditionalGeneration, folder: Path) -> None:
+    rates = {"attention_dropout": getattr(model.config.text_config, "attention_dropout", 0.0)}
+    live = {name: rate for name, rate in rates.items() if rate}
+    if live:
+        raise ConfigError(
+            f"{folder} uses dropout {live}: sampling and replay would differ, set it to 0 in config.json"
+        )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), padding_side="left")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds no tokenizer: {_first_line(error)}") from error
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, module: JanusModule) -> SpecialTokens:
+    """Returns the ids of the tokens that the policy writes itself."""
+    begin_image = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "boi_token", None) or "<begin_of_image>")
+    found: dict[str, Any] = {
+        "begin_text": tokenizer.bos_token_id,
+        "end_text": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "begin_image": begin_image,
+    }
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        raise CheckpointError(f"the tokenizer has no {', '.join(missing)} token: it is not a Janus tokenizer")
+    if module.model.config.text_config.pad_token_id is None:
+        module.model.config.text_config.pad_token_id = found["pad"]
+    return SpecialTokens(**found)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' loading bars and warnings: what matters is raised by us."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

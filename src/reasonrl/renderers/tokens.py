@@ -1,0 +1,106 @@
+"""Tokens: image tokens to pixels, by the drawn world's patch codebook or a Janus VQ decoder. Frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import torch
+from attrs import define, evolve, field, frozen, validators
+from PIL import Image
+from torch import Tensor
+
+from reasonrl.errors import CheckpointError, ContractError
+from reasonrl.interfaces import Renderer
+from reasonrl.noise import Draw
+from reasonrl.scenes import codec
+from reasonrl.types import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import JanusVQVAE
+
+PATCHES = "patches"
+PREFIX = "model.vqmodel."
+
+
+@define(eq=False)
+class _Decoder:
+    path: str | None = None
+    model: JanusVQVAE | None = None
+
+    def load(self, path: str) -> JanusVQVAE:
+        if self.model is None or self.path != path:
+            self.model, self.path = load_decoder(path), path
+        return self.model
+
+
+@final
+@frozen
+class Tokens(Renderer):
+    """Adds images["image"] from a segment of token ids; a trajectory without that segment stays as it is."""
+
+    source: str = PATCHES
+    """"patches" = the drawn world's codebook; otherwise a Janus checkpoint's folder or Hub name, whose VQ decodes."""
+    stage: str = "image"
+    num_rows: int = field(default=64, validator=validators.ge(1))
+    """Images decoded at once."""
+    _decoder: _Decoder = field(factory=_Decoder, eq=False, repr=False)
+
+    def render(self, trajectories: Sequence[Trajectory], *, draw: Draw) -> list[Trajectory]:
+        """Adds one image to each trajectory that has the tokens; draws no noise."""
+        with_tokens = [t for t in trajectories if self.stage in t.segments]
+        images = iter(self._decode([t.segments[self.stage].actions for t in with_tokens]))
+        return [
+            evolve(t, images={**t.images, self.stage: next(images)}) if self.stage in t.segments else t
+            for t in trajectories
+        ]
+
+    def _decode(self, tokens: Sequence[Tensor]) -> Iterator[Image.Image]:
+        if self.source == PATCHES:
+            yield from (codec.decode(row.cpu().numpy()) for row in tokens)
+            return
+        model = self._decoder.load(self.source)
+        for start in range(0, len(tokens), self.num_rows):
+            yield from _vq_images(model, torch.stack(list(tokens[start : start + self.num_rows])))
+
+
+def _vq_images(model: JanusVQVAE, tokens: Tensor) -> Iterator[Image.Image]:
+    side = model.config.num_patches
+    if tokens.shape[1] != side * side:
+        raise ContractError(f"the VQ decoder draws {side}x{side} tokens an image, got {tokens.shape[1]}")
+    with torch.no_grad():
+        pixels = model.decode(tokens.to(model.device)).float().cpu()
+    # The decoder's range is [-1, 1] (Janus' image processor uses mean and std 0.5).
+    scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    for image in scaled.permute(0, 2, 3, 1).numpy():
+        yield Image.fromarray(image)
+
+
+def load_decoder(path: str) -> JanusVQVAE:
+    """Returns the VQ model of a Janus checkpoint, reading only its own weights; raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+    from transformers import JanusConfig, JanusVQVAE
+
+    folder = Path(path)
+    if not folder.exists() and path.count("/") == 1:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards or not (folder / "config.json").is_file():
+        raise CheckpointError(f"no Janus checkpoint at {path}: a folder needs config.json and *.safetensors")
+    model = JanusVQVAE(JanusConfig.from_pretrained(folder).vq_config)
+    weights: dict[str, Tensor] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                names = [n for n in file.keys() if n.startswith(PREFIX)]  # noqa: SIM118 - no mapping
+                weights |= {n.removeprefix(PREFIX): file.get_tensor(n) for n in names}
+        except SafetensorError as error:
+            raise CheckpointError(f"{shard} cannot be read ({error}): truncated, or no safetensors file") from error
+    missing = sorted(set(model.state_dict()) - set(weights))
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} VQ decoder weights, first {missing[0]}")
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)

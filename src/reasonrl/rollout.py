@@ -1,0 +1,195 @@
+"""Experience: prompts to judged trajectories, or demonstrations from data; failures accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from attrs import evolve, frozen
+
+from reasonrl.errors import ContractError, JudgeError, ReasonRLError
+from reasonrl.interfaces import Judge, Policy, Renderer, Teachable, Trainable
+from reasonrl.interfaces.judge import checked
+from reasonrl.noise import Draw
+from reasonrl.recipe import Recipe
+from reasonrl.types import Prompt, Score, Term, Trajectory, Verdict
+from reasonrl.weights import Weights
+
+Judged = tuple[int, Sequence[Trajectory], Sequence[Verdict]]
+Experience = Callable[[Mapping[Trainable, Weights]], Iterator[Judged]]
+
+
+def prompts_of_step(prompts: Sequence[Prompt], step: int, *, number: int, seed: int) -> list[Prompt]:
+    """Returns the prompts of a step: epochs of seeded shuffles, a function of (seed, step) alone.
+
+    Fewer prompts than `number` gives each once a step.
+    """
+    number = min(number, len(prompts))
+    start = step * number
+    chosen: list[Prompt] = []
+    while len(chosen) < number:
+        epoch, offset = divmod(start, len(prompts))
+        order = list(range(len(prompts)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        # The first prompts of an epoch may repeat the end of the last one: two of one id cannot share a step.
+        fresh = [i for i in order[offset:] if all(prompts[i].id != c.id for c in chosen)]
+        chosen += [prompts[i] for i in fresh[: number - len(chosen)]]
+        start = (epoch + 1) * len(prompts)
+    return chosen
+
+
+def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0) -> Experience:
+    """Returns the experience of a run: sample, render, judge, from step `start` to the recipe's last."""
+    if recipe.judge is None:
+        raise ContractError("rollouts need recipe.judge, got None: give a judge, or train on demonstrations")
+    judge = Guarded(recipe.judge, recipe.judge_timeout_s)
+
+    def experience(weights: Mapping[Trainable, Weights]) -> Iterator[Judged]:
+        for step in range(start, recipe.steps):
+            draw = Draw(recipe.seed, step)
+            mine = prompts_of_step(prompts, step, number=recipe.prompts_per_step, seed=recipe.seed)
+            with _sampling_weights(recipe, weights):
+                trajectories = draw_trajectories(
+                    recipe.policy, recipe.renderer, mine, group_size=recipe.group_size, draw=draw
+                )
+            verdicts = judge.judge([t.shown() for t in trajectories])
+            _stop_if_blind(recipe, step, verdicts)
+            yield step, trajectories, verdicts
+
+    return experience
+
+
+def demonstrations(
+    recipe: Recipe, step_of: Callable[[int], Sequence[Trajectory]], *, start: int = 0
+) -> Experience:
+    """Returns supervised experience: `step_of(step)` gives texts and images, the policy encodes them as actions."""
+    if not isinstance(recipe.policy, Teachable):
+        raise ContractError(f"{type(recipe.policy).__name__} cannot learn from demonstrations: it is no Teachable")
+    teachable = recipe.policy
+
+    def experience(weights: Mapping[Trainable, Weights]) -> Iterator[Judged]:
+        for step in range(start, recipe.steps):
+            trajectories = teachable.encode(step_of(step))
+            yield step, trajectories, [Verdict({}) for _ in trajectories]
+
+    return experience
+
+
+def draw_trajectories(
+    policy: Policy, renderer: Renderer | None, prompts: Sequence[Prompt], *, group_size: int, draw: Draw
+) -> list[Trajectory]:
+    """Returns sampled and rendered trajectories; ContractError where ids repeat or addresses collide."""
+    repeated = sorted(i for i, n in Counter(p.id for p in prompts).items() if n > 1)
+    if repeated:
+        raise ContractError(f"prompt ids must differ within a step, {repeated[:3]} repeat: noise would be shared")
+    trajectories = policy.sample(prompts, group_size=group_size, draw=draw)
+    if len(trajectories) != len(prompts) * group_size:
+        raise ContractError(
+            f"{type(policy).__name__} returned {len(trajectories)} trajectories for {len(prompts)} prompts x"
+            f" {group_size}: sample() must draw whole groups"
+        )
+    return trajectories if renderer is None else renderer.render(trajectories, draw=draw)
+
+
+@frozen
+class Guarded:
+    """A judge behind the three guards of a run: its time, its number of verdicts, and finite values."""
+
+    part: Judge
+    timeout_s: float
+
+    def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        """Returns one clean verdict each; a judge out of time leaves all unscored; one that raises is a JudgeError."""
+        outcome: list[list[Verdict] | Exception] = []
+
+        def work() -> None:
+            try:
+                outcome.append(checked(self.part, trajectories))
+            except Exception as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
+                outcome.append(error)
+
+        # A daemon, so that a judge that hangs cannot keep the process alive.
+        thread = threading.Thread(target=work, name="judge", daemon=True)
+        thread.start()
+        thread.join(self.timeout_s)
+        if not outcome:
+            return [_silent(f"timed out after {self.timeout_s:g} s") for _ in trajectories]
+        if isinstance(outcome[0], ReasonRLError):
+            raise outcome[0]
+        if isinstance(outcome[0], Exception):
+            raise JudgeError(_blame(self.part, outcome[0])) from outcome[0]
+        return [_clean(verdict) for verdict in outcome[0]]
+
+
+def _silent(note: str) -> Verdict:
+    return Verdict({}, {"judge": Score(None, note)})
+
+
+def _clean(verdict: Verdict) -> Verdict:
+    terms = {stage: tuple(map(_finite, terms)) for stage, terms in verdict.terms.items()}
+    scores = {
+        name: score if _is_fine(score.value) else Score(None, f"not finite: {score.value}")
+        for name, score in verdict.scores.items()
+    }
+    return Verdict(terms, scores)
+
+
+def _finite(term: Term) -> Term:
+    return term if _is_fine(term.value) else evolve(term, value=None)
+
+
+def _is_fine(value: float | None) -> bool:
+    return value is None or math.isfinite(value)
+
+
+def _blame(judge: Judge, error: Exception) -> str:
+    origin = error.__traceback__
+    inner = None
+    while origin is not None:
+        owner = origin.tb_frame.f_locals.get("self")
+        inner = type(owner) if isinstance(owner, Judge) else inner
+        origin = origin.tb_next
+    culprit = inner or type(judge)
+    return f"judge {culprit.__name__} of package {package_of(culprit)} raised {type(error).__name__}: {error}"
+
+
+def package_of(kind: type) -> str:
+    """Returns "distribution version" of a class's top-level package, or its module where none is installed."""
+    top = kind.__module__.partition(".")[0]
+    for name in importlib.metadata.packages_distributions().get(top, []):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    return f"{kind.__module__} (not an installed package)"
+
+
+def unscored(verdicts: Sequence[Verdict], stages: Sequence[str]) -> list[bool]:
+    """Returns, for each verdict, whether some stage has no total."""
+    return [any(v.total(stage) is None for stage in stages) for v in verdicts]
+
+
+def _stop_if_blind(recipe: Recipe, step: int, verdicts: Sequence[Verdict]) -> None:
+    stages = [stage for claim in recipe.claims for stage in claim]
+    blind = unscored(verdicts, stages)
+    share = sum(blind) / max(len(blind), 1)
+    if share > recipe.max_unscored:
+        notes = Counter(
+            f"{name}: {score.note}" for v in verdicts for name, score in v.scores.items() if score.value is None
+        )
+        why = "; ".join(f"{note} ({times}x)" for note, times in notes.most_common(3)) or "no reason given"
+        raise JudgeError(
+            f"step {step}: {share:.0%} of trajectories are unscored, more than max_unscored={recipe.max_unscored:g}: {why}"
+        )
+
+
+@contextlib.contextmanager
+def _sampling_weights(recipe: Recipe, weights: Mapping[Trainable, Weights]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for trainable, copies in weights.items():
+            for name in {recipe.sample_with[s] for s in trainable.stages if s in recipe.sample_with}:
+                stack.enter_context(copies.use(name))
+        yield

@@ -1,0 +1,52 @@
+"""Weights: named copies of a trainable's trained parameters (reference, old policy, average)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from reasonrl.interfaces import Trainable
+
+
+class Weights:
+    """Copies of the trained parameters by name, swapped in place; for LoRA they are tiny.
+
+    `shadows` maps a name to decay(step): after each step copy = decay × copy + (1 − decay) × live. A decay of 1
+    keeps the starting weights (a reference), 0 follows each step.
+    """
+
+    def __init__(self, trainable: Trainable, shadows: Mapping[str, Callable[[int], float]]) -> None:
+        self.live = [p for p in trainable.module.parameters() if p.requires_grad]
+        self.decays = dict(shadows)
+        self.copies: dict[str, list[Tensor]] = {
+            name: [p.detach().clone() for p in self.live] for name in shadows
+        }
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Inside, the module holds the named weights, without gradient; swapped back on the way out."""
+        copies = self.copies[name]
+        self._swap(copies)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._swap(copies)
+
+    def update(self, step: int) -> None:
+        """Moves every copy towards the live weights by its decay."""
+        for name, copies in self.copies.items():
+            decay = self.decays[name](step)
+            if decay < 1:
+                with torch.no_grad():
+                    torch._foreach_lerp_(copies, [p.detach() for p in self.live], 1 - decay)
+
+    def _swap(self, copies: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, copy in zip(self.live, copies, strict=True):
+                held = parameter.detach().clone()
+                parameter.copy_(copy)
+                copy.copy_(held)
