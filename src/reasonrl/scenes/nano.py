@@ -68,22 +68,22 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
-    """Returns a Janus configuration of about 1.6M parameters: 64 image tokens of a patch codebook.
+    """Returns a Janus configuration of about 1.2M parameters: 64 image tokens of a patch codebook.
 
     The vision tower and the VQ decoder are as small as the class allows: the drawn world needs neither.
     """
     from transformers import JanusConfig
 
-    width = 160
+    width = 128
     return JanusConfig(
         text_config={
             "model_type": "llama",
             "vocab_size": len(tokenizer),
             "hidden_size": width,
-            "intermediate_size": 448,
+            "intermediate_size": 384,
             "num_hidden_layers": 4,
-            "num_attention_heads": 5,
-            "num_key_value_heads": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
             "max_position_embeddings": 512,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,

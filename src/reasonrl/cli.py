@@ -1,0 +1,274 @@
+"""The command line: train, sample, plugins, check, report."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from reasonrl import hooks, registry
+from reasonrl.config import from_record, overrides
+from reasonrl.errors import ConfigError, PluginError, ReasonRLError
+
+if TYPE_CHECKING:
+    from reasonrl.recipe import Recipe
+    from reasonrl.types import Trajectory
+
+app = typer.Typer(
+    help="Reinforcement learning for models that think before they draw.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A Python file that defines `recipe`, or the name of an installed recipe.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set objective.clip=0.1")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Train on this file of prompts: text lines, JSONL, or a T2I-CompBench file.")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the run. Default: runs/<recipe>-<time>.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train a recipe: evaluate, run its steps, evaluate again, write a report.
+
+    Ctrl-C finishes the step, saves, and says how to go on.
+    """
+    from reasonrl.session import Interrupted, run
+
+    if (recipe is None) == (resume is None):
+        raise ConfigError("give a recipe to start, or --resume RUN to go on, one of the two")
+    changes = [*(settings or []), *([f"prompts={prompts}"] if prompts else [])]
+    if resume is not None:
+        if changes or directory:
+            raise ConfigError("--resume takes no --set, --prompts or --out: a run goes on as it began")
+        built, directory = resumed(resume), resume
+    else:
+        assert recipe is not None
+        built = overrides(find_recipe(recipe), changes)
+        directory = directory or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out.print(f"run: {directory}", markup=False)
+    try:
+        report = run(built, directory, resume=resume is not None, quiet=quiet, command=shlex.join(sys.argv))
+    except Interrupted as stopped:
+        out.print(str(stopped), markup=False)
+        raise typer.Exit(130) from None
+    print_accuracy(directory)
+    out.print(f"report: {report}", markup=False)
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint folder, a model folder, or `nano`.")],
+    prompt: Annotated[str, typer.Argument(help='What to draw: "a red circle left of a blue square".')],
+    path: Annotated[Path, typer.Option("--out", help="The picture to write.")] = Path("sample.png"),
+    number: Annotated[int, typer.Option("--num", min=1, help="How many pictures.")] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
+) -> None:
+    """Draw a prompt: write a PNG with the planned boxes, and print the plan."""
+    from reasonrl.noise import Draw
+    from reasonrl.rollout import draw_trajectories
+    from reasonrl.types import Prompt
+
+    policy, renderer = loaded(checkpoint)
+    drawn = draw_trajectories(
+        policy, renderer, [Prompt("prompt", prompt)], group_size=number, draw=Draw(seed, 0)
+    )
+    for index, trajectory in enumerate(drawn):
+        target = path if number == 1 else path.with_stem(f"{path.stem}-{index}")
+        out.print(trajectory.reasoning or "(no plan)", markup=False, soft_wrap=True)
+        save_sample(trajectory, target)
+
+
+@app.command()
+def plugins(
+    kind: Annotated[str | None, typer.Argument(help="policies, renderers, judges, objectives, ...")] = None,
+) -> None:
+    """List every installed component with its package and version."""
+    table = Table("component", "package", "version", "defined in", box=None)
+    for found in registry.components(kind):
+        table.add_row(f"{found.kind}/{found.name}", found.distribution, found.version, found.value)
+    out.print(table)
+
+
+@app.command()
+def check(
+    component: Annotated[str, typer.Argument(help="Which: judges/contrast, policies/got-r1, ...")],
+) -> None:
+    """Check that an installed component keeps its interface's promises."""
+    from reasonrl import testing
+
+    kind, _, name = component.partition("/")
+    checks: dict[str, Callable[[Any], None]] = {
+        "judges": testing.check_judge,
+        "renderers": testing.check_renderer,
+        "objectives": testing.check_objective,
+        "policies": testing.check_policy,
+    }
+    if kind not in checks or not name:
+        raise ConfigError(f"check needs KIND/NAME with a kind of {', '.join(checks)}, got {component!r}")
+    made = registry.load(kind, name)
+    try:
+        built = made()
+    except TypeError as error:
+        raise PluginError(f"{component} cannot be built without settings: {error}") from error
+    try:
+        checks[kind](built)
+    except AssertionError as error:
+        raise PluginError(f"{component} breaks its promise: {error}") from error
+    out.print(f"{component}: ok")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="The folder of a run.")],
+) -> None:
+    """Write a run's report: one self-contained HTML page."""
+    from reasonrl.report import write_report
+
+    page = write_report(directory)
+    print_accuracy(directory)
+    out.print(f"report: {page}", markup=False)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="A Python file that defines `recipe`, or an installed recipe's name.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE")] = None,
+) -> None:
+    """Check a recipe on a few prompts before money is spent: ratio 1, scored, groups that say something."""
+    from reasonrl.doctor import examine
+
+    built = overrides(find_recipe(recipe), settings or [])
+    findings = examine(built)
+    for finding in findings:
+        out.print(f"{'ok  ' if finding.ok else 'SICK'} {finding.text}", markup=False, soft_wrap=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def find_recipe(name: str) -> Recipe:
+    """Returns the `recipe` of a Python file, or an installed recipe by name."""
+    from reasonrl.recipe import Recipe
+
+    found = imported(Path(name)) if name.endswith(".py") else registry.load("recipes", name)()
+    recipe = getattr(found, "recipe", None) if isinstance(found, ModuleType) else found
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{name} defines no `recipe = reasonrl.Recipe(...)`, found {type(recipe).__name__}")
+    return recipe
+
+
+def imported(path: Path) -> ModuleType:
+    """Returns a Python file as a module; raises ConfigError where it is missing or broken."""
+    if not path.is_file():
+        raise ConfigError(f"no recipe file at {path}: give a path to a Python file that defines `recipe`")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    try:
+        spec.loader.exec_module(module)
+    except ReasonRLError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path} failed to run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def resumed(directory: Path) -> Recipe:
+    """Returns the recipe that a run began with, from its recipe.json: registered names only."""
+    from reasonrl.session import read_recipe
+
+    recipe: Recipe = read_recipe(directory / "recipe.json")
+    return recipe
+
+
+def loaded(checkpoint: str) -> tuple[Any, Any]:
+    """Returns policy and renderer of a run, a checkpoint, a model folder, or a packaged name."""
+    from reasonrl.checkpoint import load_trained, saved
+    from reasonrl.policies.got_r1 import GoTR1
+    from reasonrl.renderers.tokens import Tokens
+
+    folder = Path(checkpoint)
+    newest = saved(folder / "checkpoints") if folder.is_dir() else []
+    folder = newest[-1] if newest else folder
+    if (folder / "learner.safetensors").is_file():
+        built = resumed(folder)
+        load_trained(folder, built.trainables)
+        return built.policy, built.renderer
+    policy = GoTR1(checkpoint, guidance=1.0)
+    patches = policy.num_image_tokens == 64
+    return policy, Tokens() if patches else Tokens(checkpoint)
+
+
+def save_sample(trajectory: Trajectory, path: Path) -> None:
+    """Writes the picture with its planned boxes drawn over it."""
+    from reasonrl.report import planned_boxes_over
+
+    if trajectory.image is None:
+        raise ReasonRLError(f"nothing was drawn for {trajectory.prompt.text!r}")
+    try:
+        planned_boxes_over(trajectory.image, trajectory.plan).save(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+    out.print(f"wrote {path}", markup=False)
+
+
+def print_accuracy(directory: Path) -> None:
+    """Prints exact accuracy by split, before and after, with 95% bootstrap intervals."""
+    from reasonrl.report import accuracy, read_run
+
+    rows = [row for row in accuracy(read_run(directory).evaluations) if row.category == "all"]
+    if not rows:
+        return
+    steps = sorted({row.step for row in rows})
+    table = Table("split", *(f"step {s}: exact [95% interval]" for s in (steps[0], steps[-1])), box=None)
+    for split in dict.fromkeys(row.split for row in rows):
+        found = {row.step: row for row in rows if row.split == split}
+        table.add_row(split, *(_interval(found.get(s)) for s in (steps[0], steps[-1])))
+    out.print(table)
+
+
+def _interval(row: Any) -> str:
+    if row is None or row.mean is None:
+        return "not measured"
+    return f"{row.mean:.1%} [{row.low:.1%}, {row.high:.1%}] n={row.n}"
+
+
+def main() -> None:
+    """Runs the command line; refusals are one line on the error stream and exit code 2."""
+    try:
+        hooks.call("cli_commands", app=app)
+        app()
+    except ReasonRLError as error:
+        notes = " ".join(getattr(error, "__notes__", []))
+        line = f"{type(error).__name__}: {error} {notes}".strip()
+        Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Journal: what a run writes down while it goes: metrics, samples, evaluations. Lines only ever append."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from reasonrl.batch import Row
+from reasonrl.errors import CheckpointError
+from reasonrl.types import Stop, Trajectory, Verdict
+
+
+@frozen
+class Journal:
+    """The lines of one run directory."""
+
+    directory: Path
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """Appends one step to metrics.jsonl."""
+        self._append("metrics.jsonl", [line])
+
+    def samples(self, step: int, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict]) -> None:
+        """Appends judged trajectories to samples.jsonl, with their pictures beside it."""
+        lines = []
+        for index, (trajectory, verdict) in enumerate(zip(trajectories, verdicts, strict=True)):
+            name = f"samples/step-{step:06d}-{index:02d}.png"
+            lines.append(
+                {
+                    "step": step,
+                    "prompt_id": trajectory.prompt.id,
+                    "prompt": trajectory.prompt.text,
+                    "member": list(trajectory.member),
+                    "reasoning": trajectory.reasoning,
+                    "image": self._picture(trajectory, name),
+                    "reward": _last_total(trajectory, verdict),
+                    "scores": {k: s.value for k, s in verdict.scores.items()},
+                    "notes": {k: s.note for k, s in verdict.scores.items() if s.note},
+                }
+            )
+        self._append("samples.jsonl", lines)
+
+    def evaluation(self, step: int, records: Iterable[tuple[dict[str, Any], Trajectory]]) -> None:
+        """Appends evaluated prompts to evaluations.jsonl, with their pictures."""
+        lines = []
+        for index, (record, trajectory) in enumerate(records):
+            name = f"evaluations/step-{step:06d}/{record['split']}-{index:04d}.png"
+            lines.append({"step": step, **record, "image": self._picture(trajectory, name)})
+        self._append("evaluations.jsonl", lines)
+
+    def rewind(self, step: int) -> None:
+        """Drops lines of steps that are not finished, before a resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            self._keep(name, lambda found: found < step)
+
+    def rewind_evaluation(self, step: int) -> None:
+        """Drops this step's evaluation and later ones, before it is written again."""
+        self._keep("evaluations.jsonl", lambda found: found < step)
+
+    def _keep(self, name: str, wanted: Callable[[int], bool]) -> None:
+        path = self.directory / name
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if wanted(_step(line, default=sys.maxsize))]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(partial, path)
+
+    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        try:
+            with (self.directory / name).open("a") as file:
+                file.writelines(json.dumps(_jsonable(line), allow_nan=False) + "\n" for line in lines)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.directory / name}: {error.strerror or error}; checkpoints are untouched, --resume"
+            ) from error
+
+    def _picture(self, trajectory: Trajectory, name: str) -> str | None:
+        if trajectory.image is None:
+            return None
+        path = self.directory / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trajectory.image.save(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}; checkpoints are untouched") from error
+        return name
+
+
+def summary(
+    rows: Sequence[Row], trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], stages: Sequence[str]
+) -> dict[str, float | None]:
+    """Returns the rollout's metrics: rewards by stage, raw scores, unscored, lengths, groups that say nothing."""
+    totals = {stage: [v.total(stage) for v in verdicts] for stage in stages}
+    out: dict[str, float | None] = {"reward": _mean(totals[stages[-1]])}
+    if len({tuple(values) for values in totals.values()}) > 1:
+        out |= {f"reward/{stage}": _mean(values) for stage, values in totals.items()}
+    names = dict.fromkeys(name for v in verdicts for name in v.scores)
+    out |= {f"score/{n}": _mean([v.scores[n].value for v in verdicts if n in v.scores]) for n in names}
+    out["unscored"] = _mean([float(any(totals[s][i] is None for s in stages)) for i in range(len(verdicts))])
+    out["cut"] = _mean([float(t.stop is Stop.LENGTH) for t in trajectories])
+    for stage in stages:
+        lengths = [float(len(t.segments[stage].actions)) for t in trajectories if stage in t.segments]
+        out[f"{stage}/tokens"] = _mean(lengths)
+        out[f"{stage}/flat_groups"] = _flat(rows, stage)
+    return out
+
+
+def _flat(rows: Sequence[Row], stage: str) -> float | None:
+    groups: dict[int, bool] = {}
+    for row in rows:
+        if stage in row.groups:
+            group = row.groups[stage]
+            groups[group] = groups.get(group, True) and row.advantages[stage] == 0
+    return _mean([float(flat) for flat in groups.values()])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _last_total(trajectory: Trajectory, verdict: Verdict) -> float | None:
+    stages = list(trajectory.segments) or ["*"]
+    return verdict.total(stages[-1])
+
+
+def _step(line: str, *, default: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return default  # a line that a crash cut short
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

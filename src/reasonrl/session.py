@@ -1,0 +1,251 @@
+"""A run: the loop with a directory around it. Progress, journal, checkpoints, resume, Ctrl-C, evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, field
+
+from reasonrl import __version__, checkpoint, hooks
+from reasonrl.batch import Row
+from reasonrl.config import from_record, to_record
+from reasonrl.errors import CheckpointError, ConfigError, ReasonRLError
+from reasonrl.eval import Answer, evaluate
+from reasonrl.journal import Journal, summary
+from reasonrl.loop import Learner, train
+from reasonrl.progress import Progress
+from reasonrl.recipe import Recipe, load_prompts
+from reasonrl.report import write_report
+from reasonrl.rollout import Experience, rollouts
+from reasonrl.types import Prompt, Trajectory, Verdict
+
+ROOTS = {"recipe": Recipe}
+NUM_SHOWN = 8
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the step was finished and saved."""
+
+
+def run(
+    recipe: Recipe,
+    directory: str | Path,
+    *,
+    resume: bool = False,
+    experience: Callable[[int], Experience] | None = None,
+    quiet: bool = False,
+    command: str = "",
+) -> Path:
+    """Trains a recipe into a directory, evaluates before and after, and returns the report's path.
+
+    `experience(start)` replaces rollouts, e.g. by demonstrations. `resume` goes on from the newest checkpoint: final
+    weights are bit-identical to an uninterrupted run's, on the same machine and versions.
+    """
+    directory = Path(directory)
+    prompts = recipe.read() if experience is None else ()
+    tests = {split: _checked(recipe, source) for split, source in recipe.tests.items()}
+    _prepare(directory, recipe, resume=resume, command=command)
+    session = _Session(recipe, directory, Learner.of(recipe), Progress(recipe.steps, quiet=quiet), tests)
+    if resume:
+        session.restore()
+    source = rollouts(recipe, prompts, start=session.finished) if experience is None else experience(session.finished)
+    return session.run(source)
+
+
+@define(eq=False)
+class _Session:
+    """One process's part of a run."""
+
+    recipe: Recipe
+    directory: Path
+    learner: Learner
+    progress: Progress
+    tests: dict[str, tuple[Prompt, ...]]
+    finished: int = 0
+    stop: bool = False
+    _line: dict[str, Any] = field(factory=dict)
+    _since: float = 0.0
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.directory)
+
+    def restore(self) -> None:
+        found = checkpoint.saved(self.directory / "checkpoints")
+        if not found:
+            raise CheckpointError(f"{self.directory}/checkpoints holds no checkpoint: start again without --resume")
+        self.finished = checkpoint.restore(
+            found[-1], weights=self.learner.weights, optimizer=self.learner.optimizer
+        )
+        self.journal.rewind(self.finished)
+
+    def run(self, experience: Experience) -> Path:
+        """Evaluates, trains, evaluates, reports; whatever stops it, finished steps are saved."""
+        hooks.call("run_start", recipe=self.recipe, directory=self.directory)
+        error: BaseException | None = None
+        try:
+            with self._interruptible():
+                if self.finished == 0:
+                    self.evaluate(0)
+                    self.save()
+                with self.progress:
+                    self._since = time.perf_counter()
+                    train(self.recipe, experience, learner=self.learner, observe=self.observe)
+            self.save()
+            self.evaluate(self.recipe.steps)
+            self.recipe.policy.save(self.directory / "model")
+            return write_report(self.directory)
+        except ReasonRLError as caught:
+            error = caught
+            self._save_after(caught)
+            raise
+        except KeyboardInterrupt as caught:
+            error = caught
+            raise
+        finally:
+            hooks.call("run_end", step=self.finished, error=error)
+
+    def observe(self, event: str, **facts: Any) -> None:
+        """Hears the loop's events."""
+        getattr(self, f"_{event}")(**facts)
+
+    def evaluate(self, step: int) -> None:
+        """Judges one sample of each test prompt, and writes it down."""
+        judge = self.recipe.test_judge or self.recipe.judge
+        if not self.tests or judge is None:
+            return
+        answers: list[Answer] = []
+        for split, prompts in self.tests.items():
+            found = evaluate(
+                self.recipe.policy, self.recipe.renderer, judge, prompts, split=split, timeout_s=self.recipe.judge_timeout_s
+            )
+            answers += self.progress.watch(found, f"evaluating {split}", total=len(prompts))
+        self.journal.rewind_evaluation(step)
+        self.journal.evaluation(step, ((a.record(), a.trajectory) for a in answers))
+
+    def save(self) -> None:
+        """Writes a checkpoint of the finished steps, unless it is there."""
+        folder = self.directory / "checkpoints"
+        if not (folder / f"step-{self.finished:06d}" / "state.json").is_file():
+            checkpoint.save(
+                folder,
+                self.finished,
+                weights=self.learner.weights,
+                optimizer=self.learner.optimizer,
+                recipe=json.loads((self.directory / "recipe.json").read_text()),
+                keep=self.recipe.keep,
+            )
+
+    def _rollout_end(
+        self, step: int, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], rows: Sequence[Row]
+    ) -> None:
+        hooks.call("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
+        self._line = dict(summary(rows, trajectories, verdicts, self.recipe.stages))
+        self._line["num_tokens"] = sum(len(s.actions) for t in trajectories for s in t.segments.values())
+        if self.recipe.judge is not None and (step % self.recipe.show_every == 0 or step + 1 == self.recipe.steps):
+            # One trajectory a prompt, the first of its group.
+            shown = list(range(0, len(trajectories), self.recipe.group_size))[:NUM_SHOWN]
+            self.journal.samples(step, [trajectories[i] for i in shown], [verdicts[i] for i in shown])
+
+    def _update_end(self, step: int, grad_norm: torch.Tensor, metrics: dict[str, torch.Tensor], skipped: bool) -> None:
+        self._line |= {name: float(value) for name, value in metrics.items()}
+        self._line |= {"grad_norm": float(grad_norm), "skipped": float(skipped)}
+
+    def _step_end(self, step: int, learner: Learner) -> None:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        num_tokens = self._line.pop("num_tokens")
+        line = {"step": step, "seconds": seconds, "tokens_per_s": num_tokens / seconds}
+        line |= {"learning_rate": self.recipe.rate(step), **self._line}
+        self.journal.metrics(line)
+        self.finished = step + 1
+        self.progress.advance(line)
+        hooks.call("step_end", step=step, metrics=line)
+        if self.stop or self.finished % self.recipe.save_every == 0:
+            self.save()
+        if self.stop:
+            raise Interrupted(
+                f"stopped after step {step}, saved. Go on with: reasonrl train --resume {self.directory}"
+            )
+
+    def _save_after(self, error: ReasonRLError) -> None:
+        if isinstance(error, CheckpointError):
+            return  # the disk has refused already
+        try:
+            self.save()
+        except CheckpointError as second:
+            error.add_note(str(second))
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C lets the step finish; the second one stops at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+            self.progress.say("finishing this step, then saving; Ctrl-C again stops at once")
+
+        try:
+            before = signal.signal(signal.SIGINT, ask)
+        except ValueError:  # not the main thread: signals are someone else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _checked(recipe: Recipe, source: str) -> tuple[Prompt, ...]:
+    prompts = load_prompts(source)
+    recipe.policy.check(prompts)
+    return prompts
+
+
+def _prepare(directory: Path, recipe: Recipe, *, resume: bool, command: str) -> None:
+    if resume:
+        if not (directory / "recipe.json").is_file():
+            raise ConfigError(f"{directory} holds no run to resume: give the folder that `reasonrl train` printed")
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory} is not empty: use --resume to go on with it, or --out for another folder")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "recipe.json").write_text(json.dumps(to_record(recipe, roots=ROOTS), indent=1))
+        (directory / "run.json").write_text(json.dumps(about(command), indent=1))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
+
+
+def about(command: str) -> dict[str, str]:
+    """Returns what ran where: versions, machine, command."""
+    return {
+        "reasonrl": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command,
+    }
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Returns the recipe that a recipe.json describes; it may construct registered names only."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    recipe = from_record(record, roots=ROOTS)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{path} describes a {type(recipe).__name__}, not a recipe")
+    return recipe

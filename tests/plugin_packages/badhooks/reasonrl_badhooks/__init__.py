@@ -1,0 +1,1 @@
+"""Observers that cannot be used, one a module."""

@@ -1,0 +1,6 @@
+from reasonrl.hooks import hookimpl
+
+
+@hookimpl
+def step_ended(step: int) -> None:
+    pass

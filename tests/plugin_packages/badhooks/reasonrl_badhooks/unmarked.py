@@ -1,0 +1,2 @@
+def step_end(step: int) -> None:
+    pass

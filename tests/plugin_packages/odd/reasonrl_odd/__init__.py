@@ -1,0 +1,7 @@
+"""Offers things of the wrong type."""
+
+TEXT = "hello"
+
+
+class Unrelated:
+    pass
