@@ -14,6 +14,7 @@ from reasonrl.data import read_prompts
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Judge, Objective, Policy, Renderer, Trainable
 from reasonrl.scenes import splits
+from reasonrl.scenes.grammar import parse_prompt
 from reasonrl.types import EVERY, Member, Prompt
 
 SCENES = "scenes/"
@@ -130,8 +131,10 @@ def load_prompts(source: str | Sequence[Prompt]) -> tuple[Prompt, ...]:
         return tuple(source)
     if source.startswith(SCENES) and not Path(source).exists():
         name = source.removeprefix(SCENES)
-        lines = enumerate(splits.load(name), start=1)
-        return tuple(Prompt(f"{name}:{i}", text, {"split": name}) for i, text in lines)
+        return tuple(
+            Prompt(f"{name}:{i}", text, {"category": parse_prompt(text).category})
+            for i, text in enumerate(splits.load(name), start=1)
+        )
     return read_prompts(source)
 
 

@@ -146,9 +146,9 @@ class _Branch:
     @classmethod
     def of(cls, module: JanusModule, tokens: Tensor, present: Tensor) -> _Branch:
         """Prefills left-padded (N, L) tokens."""
-        from transformers import DynamicCache
+        from reasonrl.policies.growing_cache import growing_cache
 
-        cache = DynamicCache()
+        cache = growing_cache()
         out = module.model.model.language_model(
             inputs_embeds=module.model.get_input_embeddings()(tokens),
             attention_mask=present.long(),
