@@ -1,7 +1,7 @@
 """GoT-R1's ablations of the reward, on the drawn world (arXiv 2505.17022, tables 4 and 5).
 
-    python examples/ablations.py --out runs/ablations            # all of them, one after the other
-    python examples/ablations.py --out runs/ablations --only full sum
+python examples/ablations.py --out runs/ablations            # all of them, one after the other
+python examples/ablations.py --out runs/ablations --only full sum
 """
 
 from __future__ import annotations

@@ -63,9 +63,7 @@ def main() -> None:
         for stage in ("reasoning", EVERY):
             terms = verdict.on(stage) or ()
             said = " + ".join(f"{term.weight:g} x {term.name} ({term.value})" for term in terms)
-            table.add_row(
-                name, "all others" if stage == EVERY else stage, said, str(verdict.total(stage))
-            )
+            table.add_row(name, "all others" if stage == EVERY else stage, said, str(verdict.total(stage)))
     Console().print(table)
 
 

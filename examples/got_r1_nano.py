@@ -1,6 +1,6 @@
 """GoT-R1 on the drawn world: a model learns to plan and draw scenes, on a laptop, in minutes.
 
-    reasonrl train examples/got_r1_nano.py
+reasonrl train examples/got_r1_nano.py
 """
 
 import reasonrl as rl
@@ -17,6 +17,7 @@ recipe = rl.Recipe(
     prompts="scenes/train",
     prompts_per_step=12,
     group_size=12,
+    num_rows=24,
     steps=100,
     learning_rate=3e-4,
     seed=0,

@@ -162,8 +162,7 @@ def test_settings_apply_in_order() -> None:
     [
         (
             "part.clipp=0.1",
-            "--set part.clipp=0.1: Part has no field 'clipp'."
-            " Did you mean 'clip'? Fields: clip, high",
+            "--set part.clipp=0.1: Part has no field 'clipp'. Did you mean 'clip'? Fields: clip, high",
         ),
         ("steps=abc", "--set steps=abc: expected int, got str 'abc'"),
         ("steps=1.5", "--set steps=1.5: expected int, got float 1.5"),
@@ -234,9 +233,7 @@ def test_any_expression_of_registered_judges_survives_its_record(judge: Judge) -
 
 
 keys = st.one_of(words, st.lists(words, min_size=1, max_size=3).map(tuple))
-texts = st.sampled_from(["use", "mapping", "prompt", "function", "object", "a"]) | st.text(
-    max_size=4
-)
+texts = st.sampled_from(["use", "mapping", "prompt", "function", "object", "a"]) | st.text(max_size=4)
 
 
 @settings(deadline=None, max_examples=50)
@@ -334,8 +331,7 @@ def test_a_component_that_is_not_installed_is_named() -> None:
     [
         (
             {"use": "judges/sharpness", "gian": 1},
-            "record: judges/sharpness has no field 'gian'."
-            " Did you mean 'gain'? Fields: gain, label",
+            "record: judges/sharpness has no field 'gian'. Did you mean 'gain'? Fields: gain, label",
         ),
         ({"use": "judges/sharpness", "gain": -1}, "record: 'gain' must be > 0: -1.0"),
         ({"use": "judges/plain", "x": 1}, "record: judges/plain has no field 'x'. Fields: none"),

@@ -202,9 +202,7 @@ def test_three_offending_lines_are_shown_and_all_are_counted(tmp_path):
 
 
 def test_a_text_file_with_a_nul_or_an_endless_line_is_refused(tmp_path):
-    assert refusal(write(tmp_path / "a.txt", f"fine\na{NUL}b")) == (
-        "a.txt:2: 'text' holds a NUL byte at character 2"
-    )
+    assert refusal(write(tmp_path / "a.txt", f"fine\na{NUL}b")) == ("a.txt:2: 'text' holds a NUL byte at character 2")
     assert refusal(write(tmp_path / "b.txt", "a" * (LONGEST_LINE + 1))) == (
         "b.txt:1: 20001 characters, expected at most 20000"
     )
@@ -217,9 +215,7 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     latin = write(tmp_path / "a.txt", "a cat\r\na café".encode("latin-1"))
-    assert refusal(latin) == (
-        "a.txt:2: not UTF-8: byte 12 of the file is 0xe9; save the file as UTF-8"
-    )
+    assert refusal(latin) == ("a.txt:2: not UTF-8: byte 12 of the file is 0xe9; save the file as UTF-8")
     marked = write(tmp_path / "b.txt", b"\xef\xbb\xbfa\n\xe9")
     assert "b.txt:2: not UTF-8: byte 5 of the file is 0xe9" in refusal(marked)
     wide = write(tmp_path / "c.txt", "a cat".encode("utf-16"))
@@ -241,9 +237,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     )
 
 
-@pytest.mark.skipif(
-    not COMPBENCH.is_dir(), reason="the T2I-CompBench files are not beside the repo"
-)
+@pytest.mark.skipif(not COMPBENCH.is_dir(), reason="the T2I-CompBench files are not beside the repo")
 def test_every_compbench_category_loads_with_the_counts_of_the_files():
     prompts = read_prompts(COMPBENCH)
     files = Counter(prompt.id.rpartition(":")[0] for prompt in prompts)

@@ -49,9 +49,7 @@ def run_page(text: str, page: str) -> None:
         code = compile("\n" * (block.line - 1) + block.source, page, "exec", dont_inherit=True)
         if block.info == "python no-run":
             reason = block.source.lstrip().startswith("#")
-            assert reason, (
-                f"{page}:{block.line}: a no-run block starts with a comment that says why"
-            )
+            assert reason, f"{page}:{block.line}: a no-run block starts with a comment that says why"
         else:
             exec(code, vars(module))
 
@@ -87,9 +85,7 @@ def test_the_custom_judge_example_prints_the_verdicts_by_stage(capsys):
 
 
 def test_blocks_share_a_namespace_and_errors_name_the_line_of_the_page():
-    text = (
-        "# Title\n\n```python\na = 1\n```\n\ntext\n\n```python\nassert a == 1\nassert a == 2\n```\n"
-    )
+    text = "# Title\n\n```python\na = 1\n```\n\ntext\n\n```python\nassert a == 1\nassert a == 2\n```\n"
     with pytest.raises(AssertionError) as caught:
         run_page(text, "page.md")
     last = caught.traceback[-1]

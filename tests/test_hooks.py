@@ -29,9 +29,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     hooks.manager.cache_clear()
     yield put
     hooks.manager.cache_clear()
-    for module in [
-        m for m in sys.modules if re.match(r"reasonrl_(good|clash|badhooks|failing)", m)
-    ]:
+    for module in [m for m in sys.modules if re.match(r"reasonrl_(good|clash|badhooks|failing)", m)]:
         del sys.modules[module]
 
 
@@ -94,9 +92,7 @@ def test_every_broken_observer_is_named_at_once(install: Install) -> None:
     assert all(f"hooks/{name} from" in said for name in ("misspelt", "argument", "wrapper"))
 
 
-def test_a_blocked_distribution_does_not_stop_the_others(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_blocked_distribution_does_not_stop_the_others(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("badhooks", "good")
     monkeypatch.setenv("REASONRL_BLOCK", "reasonrl_badhooks")
     hooks.call("step_end", step=1, metrics={})

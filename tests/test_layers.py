@@ -128,7 +128,5 @@ def test_the_rules_catch_what_they_forbid() -> None:
 def test_importing_reasonrl_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, reasonrl; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

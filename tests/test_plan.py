@@ -42,9 +42,7 @@ def sides(least: int, most: int = 1000):
 
 
 def boxes(most: int = 1000):
-    return st.builds(
-        lambda x, y: Box(x[0], y[0], x[1], y[1]), sides(10, most=most), sides(10, most=most)
-    )
+    return st.builds(lambda x, y: Box(x[0], y[0], x[1], y[1]), sides(10, most=most), sides(10, most=most))
 
 
 one_line = st.text(max_size=12).map(lambda text: " ".join(text.split()))
@@ -53,9 +51,9 @@ names = words.filter(bool)
 objects = st.lists(st.builds(PlannedObject, names, boxes()), max_size=MAX_OBJECTS)
 few_names = st.sampled_from(["dog", "a dog", "The  Dog", "cat"])
 scenes = st.lists(st.builds(PlannedObject, few_names, st.none() | boxes(most=60)), max_size=5)
-broken = st.lists(
-    st.sampled_from(MARKERS) | st.sampled_from(["(1,2),(300,400)", "(9", "dog", ". ", "\n"]) | words
-).map("".join)
+broken = st.lists(st.sampled_from(MARKERS) | st.sampled_from(["(1,2),(300,400)", "(9", "dog", ". ", "\n"]) | words).map(
+    "".join
+)
 
 
 def read(box: str, *, between: str = " ") -> Plan:
@@ -318,9 +316,7 @@ def test_relations_do_not_change_when_the_scene_moves_or_turns(relation, a, b, x
 
     turned = dict(zip(DIRECTIONS, (*DIRECTIONS[2:], *DIRECTIONS[:2]), strict=True))
     assert holds(relation, moved(a), moved(b)) == holds(relation, a, b)
-    assert holds(turned.get(relation, relation), transposed(a), transposed(b)) == holds(
-        relation, a, b
-    )
+    assert holds(turned.get(relation, relation), transposed(a), transposed(b)) == holds(relation, a, b)
 
 
 @given(a=boxes(), b=boxes())
@@ -426,9 +422,7 @@ def best_total(planned, found) -> float:
     orders = set(permutations(range(len(partners)), len(planned))) if len(partners) < 8 else ()
     if not orders:
         return _best_by_subsets(planned, found, gain)
-    return max(
-        sum(gain(a, partners[j]) for a, j in zip(planned, order, strict=True)) for order in orders
-    )
+    return max(sum(gain(a, partners[j]) for a, j in zip(planned, order, strict=True)) for order in orders)
 
 
 def _best_by_subsets(planned, found, gain) -> float:

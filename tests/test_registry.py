@@ -40,9 +40,7 @@ def loaded(kind: str, name: str) -> str:
 def test_listing_tells_what_is_installed_and_imports_nothing(install: Install) -> None:
     install("good", "broken", "odd")
     found = {str(c): c for c in registry.components("judges")}
-    assert (
-        found["judges/sharpness from reasonrl-good 0.3 (reasonrl_good:Sharpness)"].version == "0.3"
-    )
+    assert found["judges/sharpness from reasonrl-good 0.3 (reasonrl_good:Sharpness)"].version == "0.3"
     assert "judges/broken from reasonrl-broken 0.2 (reasonrl_broken:Broken)" in found
     assert "recipes/tiny" in {f"{c.kind}/{c.name}" for c in registry.components()}
     assert not {"reasonrl_good", "reasonrl_broken", "reasonrl_odd"} & set(sys.modules)
@@ -69,15 +67,10 @@ def test_an_unknown_kind_suggests_the_near_one() -> None:
     )
 
 
-def test_a_kind_with_nothing_installed_says_none(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kind_with_nothing_installed_says_none(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("good")
     monkeypatch.setenv("REASONRL_BLOCK", "reasonrl")
-    assert (
-        loaded("benchmarks", "clip-score")
-        == "no benchmarks/clip-score is installed. Installed: none"
-    )
+    assert loaded("benchmarks", "clip-score") == "no benchmarks/clip-score is installed. Installed: none"
 
 
 def test_two_packages_with_one_name_are_both_named_with_the_way_out(install: Install) -> None:
@@ -125,9 +118,7 @@ def test_a_missing_attribute_is_a_failing_import(install: Install) -> None:
 
 def test_a_wrong_type_says_what_it_got_and_wanted(install: Install) -> None:
     install("odd")
-    assert "must be a subclass of reasonrl.Judge, got class Unrelated" in loaded(
-        "judges", "unrelated"
-    )
+    assert "must be a subclass of reasonrl.Judge, got class Unrelated" in loaded("judges", "unrelated")
     assert "(reasonrl_odd:TEXT) must be callable, got str 'hello'" in loaded("recipes", "text")
 
 
@@ -171,7 +162,5 @@ def test_importing_registry_hooks_and_config_loads_neither_torch_nor_transformer
     )
     source = Path(__file__).parents[1] / "src"
     environment = {**os.environ, "PYTHONPATH": str(source)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -51,7 +51,7 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - one list of names, kept above
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -60,8 +60,7 @@ def _stage(name: str, rows: Sequence[Row], device: torch.device | None) -> Stage
     return Stage(
         name=name,
         keys=tuple(
-            (row.trajectory.prompt.id, () if s is None else s.member)
-            for row, s in zip(rows, segments, strict=True)
+            (row.trajectory.prompt.id, () if s is None else s.member) for row, s in zip(rows, segments, strict=True)
         ),
         actions=padded(lambda _, s: s.actions),
         present=padded(lambda _, s: torch.ones_like(s.mask)),
@@ -69,10 +68,7 @@ def _stage(name: str, rows: Sequence[Row], device: torch.device | None) -> Stage
         advantages=torch.tensor([row.advantages.get(name, 0.0) for row in rows], device=device),
         groups=torch.tensor([row.groups.get(name, -1) for row in rows], device=device),
         log_probs=padded(lambda _, s: s.log_probs) if likelihoods else None,  # type: ignore[arg-type, return-value]
-        context={
-            key: [None if s is None else s.context[key].to(device) for s in segments]
-            for key in first.context
-        },
+        context={key: [None if s is None else s.context[key].to(device) for s in segments] for key in first.context},
     )
 
 
@@ -111,7 +107,9 @@ def passes(
     by a planner and k times by a unified policy. Rows that train nothing are left out.
     """
     stages = trainable.stages
-    work = [row for row in _unique(rows, stages) if any(row.mask(s).any() for s in stages if s in row.trajectory.segments)]
+    work = [
+        row for row in _unique(rows, stages) if any(row.mask(s).any() for s in stages if s in row.trajectory.segments)
+    ]
     chunks = _chunks(work, num_rows, stages if whole_groups else None)
     batches = [
         window
@@ -129,7 +127,10 @@ def _unique(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:
     merged: dict[tuple[object, ...], Row] = {}
     for row in rows:
         segments = row.trajectory.segments
-        key = (row.trajectory.prompt.id, *((s, segments[s].member) for s in stages if s in segments))
+        key = (
+            row.trajectory.prompt.id,
+            *((s, segments[s].member) for s in stages if s in segments),
+        )
         known = merged.get(key)
         merged[key] = row if known is None else evolve(known, trained=known.trained | row.trained)
     return list(merged.values())
@@ -179,7 +180,9 @@ def join_stages(batch: Batch, claim: Claim) -> Stage:
     return evolve(
         parts[-1],
         name="+".join(claim),
-        actions=torch.cat([p.actions for p in parts], 1) if len({p.actions.ndim for p in parts}) == 1 else parts[-1].actions,
+        actions=torch.cat([p.actions for p in parts], 1)
+        if len({p.actions.ndim for p in parts}) == 1
+        else parts[-1].actions,
         present=torch.cat([p.present for p in parts], 1),
         mask=torch.cat([p.mask for p in parts], 1),
         log_probs=None if any(x is None for x in log_probs) else torch.cat(log_probs, 1),  # type: ignore[arg-type]

@@ -96,8 +96,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder} is no checkpoint: state.json cannot be read ({error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}/state.json has format {state.get('format') if isinstance(state, dict) else state!r}, this version reads {FORMAT}")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder}/state.json has format {found!r}, this version reads {FORMAT}")
     return state
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reasonrl import hooks, registry
-from reasonrl.config import from_record, overrides
+from reasonrl.config import overrides
 from reasonrl.errors import ConfigError, PluginError, ReasonRLError
 
 if TYPE_CHECKING:
@@ -36,16 +36,20 @@ out = Console(highlight=False)
 @app.command()
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="A Python file that defines `recipe`, or the name of an installed recipe.")
+        str | None,
+        typer.Argument(help="A Python file that defines `recipe`, or the name of an installed recipe."),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set objective.clip=0.1")
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set objective.clip=0.1"),
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Train on this file of prompts: text lines, JSONL, or a T2I-CompBench file.")
+        str | None,
+        typer.Option(help="Train on this file of prompts: text lines, JSONL, or a T2I-CompBench file."),
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the run. Default: runs/<recipe>-<time>.")
+        Path | None,
+        typer.Option("--out", help="Where to write the run. Default: runs/<recipe>-<time>."),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -91,9 +95,7 @@ def sample(
     from reasonrl.types import Prompt
 
     policy, renderer = loaded(checkpoint)
-    drawn = draw_trajectories(
-        policy, renderer, [Prompt("prompt", prompt)], group_size=number, draw=Draw(seed, 0)
-    )
+    drawn = draw_trajectories(policy, renderer, [Prompt("prompt", prompt)], group_size=number, draw=Draw(seed, 0))
     for index, trajectory in enumerate(drawn):
         target = path if number == 1 else path.with_stem(f"{path.stem}-{index}")
         out.print(trajectory.reasoning or "(no plan)", markup=False, soft_wrap=True)
@@ -153,7 +155,10 @@ def report(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="A Python file that defines `recipe`, or an installed recipe's name.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A Python file that defines `recipe`, or an installed recipe's name."),
+    ],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE")] = None,
 ) -> None:
     """Check a recipe on a few prompts before money is spent: ratio 1, scored, groups that say something."""

@@ -56,9 +56,7 @@ def override(component: C, assignment: str) -> C:
         raise ConfigError(f"{where}: expected PATH=VALUE, as in objective.clip=0.1")
     steps = path.strip().split(".")
     if not all(steps):
-        raise ConfigError(
-            f"{where}: the path {path.strip()!r} has an empty part, expected a.b.c=VALUE"
-        )
+        raise ConfigError(f"{where}: the path {path.strip()!r} has an empty part, expected a.b.c=VALUE")
     changed: C = _changed(component, type(component), steps, text.strip(), where=where)
     return changed
 
@@ -306,9 +304,7 @@ def _recorded(value: Any, names: dict[type, str], *, path: str) -> Any:
     if isinstance(value, enum.Enum):
         return _recorded(value.value, names, path=path)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(
-            f"{path} is {value}, which JSON cannot hold: give a finite number or None"
-        )
+        raise ConfigError(f"{path} is {value}, which JSON cannot hold: give a finite number or None")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
@@ -372,9 +368,7 @@ def _recorded_prompt(prompt: Prompt, *, path: str) -> dict[str, Any]:
     try:
         facts = json.loads(json.dumps(dict(prompt.facts), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: the facts of prompt {prompt.id!r} are no JSON: {error}"
-        ) from error
+        raise ConfigError(f"{path}: the facts of prompt {prompt.id!r} are no JSON: {error}") from error
     record = {"id": prompt.id, "text": prompt.text, "facts": facts}
     return record if prompt.image is None else {**record, "image": described(prompt.image)}
 
@@ -416,9 +410,7 @@ def _restored_component(record: Mapping[str, Any], roots: Mapping[str, type], *,
     unknown = [key for key in given if key not in fields]
     if unknown:
         problems = [f"no field {key!r}.{did_you_mean(key, fields)}" for key in unknown]
-        raise ConfigError(
-            f"{path}: {name} has {' and '.join(problems)} Fields: {', '.join(fields) or 'none'}"
-        )
+        raise ConfigError(f"{path}: {name} has {' and '.join(problems)} Fields: {', '.join(fields) or 'none'}")
     values = {k: _restored(item, roots, path=f"{path}.{k}") for k, item in given.items()}
     shaped = {key: _shaped(item, _hint(cls, fields[key])) for key, item in values.items()}
     return _built(lambda: cls(**shaped), where=path)
@@ -434,9 +426,7 @@ def _registered(name: str, roots: Mapping[str, type], *, path: str) -> type:
         )
     cls = registry.load(kind, short)
     if not isinstance(cls, type):
-        raise ConfigError(
-            f"{path}: {name} is a {type(cls).__name__}, and a record constructs classes only"
-        )
+        raise ConfigError(f"{path}: {name} is a {type(cls).__name__}, and a record constructs classes only")
     return cls
 
 
@@ -456,11 +446,7 @@ def _restored_mapping(record: Any, roots: Mapping[str, type], *, path: str) -> d
 
 def _restored_prompt(record: Any, *, path: str) -> Prompt:
     if not isinstance(record, Mapping) or set(record) != {"id", "text", "facts"}:
-        why = (
-            "its image is not recorded"
-            if isinstance(record, Mapping) and "image" in record
-            else "malformed"
-        )
+        why = "its image is not recorded" if isinstance(record, Mapping) and "image" in record else "malformed"
         raise ConfigError(f"{path}: prompt {described(record)}: {why}; expected id, text and facts")
     return Prompt(record["id"], record["text"], record["facts"])
 
@@ -477,9 +463,7 @@ def _escaped(key: Any, *, path: str) -> str:
     """Returns "reasoning+image" for a tuple, "reasoning+" for a tuple of one; escapes a plus."""
     parts = key if isinstance(key, tuple) else (key,)
     if not parts or not all(isinstance(part, str) and (part or key == "") for part in parts):
-        raise ConfigError(
-            f"{path}: key {described(key)} cannot be recorded: expected text, or texts"
-        )
+        raise ConfigError(f"{path}: key {described(key)} cannot be recorded: expected text, or texts")
     escaped = [re.sub(r"([+\\])", r"\\\1", part) for part in parts]
     return "+".join(escaped) + ("+" if isinstance(key, tuple) and len(key) == 1 else "")
 

@@ -27,16 +27,18 @@ class _Draw:
 
 
 def credit(
-    trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], recipe: Recipe, *, gather: Gather
+    trajectories: Sequence[Trajectory],
+    verdicts: Sequence[Verdict],
+    recipe: Recipe,
+    *,
+    gather: Gather,
 ) -> list[Row]:
     """Returns one row a trajectory: advantages and groups by stage, and the stages it trains.
 
     Advantages see the rewards of every rank. A draw that several trajectories share (a plan drawn k times)
     is rewarded by the mean of its scored leaves and trained once.
     """
-    shares = {
-        claim: _shares(claim, trajectories, verdicts, recipe, gather) for claim in recipe.claims
-    }
+    shares = {claim: _shares(claim, trajectories, verdicts, recipe, gather) for claim in recipe.claims}
     seen: set[tuple[str, Address]] = set()
     return [_row(trajectory, shares, seen) for trajectory in trajectories]
 
@@ -87,9 +89,7 @@ def _shares(
     }
 
 
-def _draws(
-    claim: Claim, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict]
-) -> list[_Draw]:
+def _draws(claim: Claim, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict]) -> list[_Draw]:
     leaves: dict[Address, list[tuple[Term, ...] | None]] = {}
     for trajectory, verdict in zip(trajectories, verdicts, strict=True):
         address = _address(trajectory, claim)

@@ -67,7 +67,8 @@ def whiskers(series: Sequence[tuple[str, Sequence[Interval]]]) -> str:
                 f"<circle cx={c:.1f} cy={y + shift} r=4 stroke='{color}' stroke-width=2"
                 f" fill='{color if filled else 'var(--paper)'}' />"
             )
-    return f"<svg viewBox='0 0 680 {height}' style='max-width:680px' role=img><title>exact accuracy</title>{scale}{marks}</svg>"
+    head = f"<svg viewBox='0 0 680 {height}' style='max-width:680px' role=img><title>exact accuracy</title>"
+    return f"{head}{scale}{marks}</svg>"
 
 
 def _line(part: Sequence[tuple[float, float]], at: object, color: str, opacity: float) -> str:

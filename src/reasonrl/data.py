@@ -27,9 +27,7 @@ LONGEST_LINE = 20_000
 """Characters. A longer line is a file of another kind, or one that lost its line ends."""
 NUM_SHOWN = 3
 
-_CATEGORY = re.compile(
-    r"(3d_spatial|non_spatial|spatial|numeracy|complex|color|shape|texture)(_(train|val)(_\w+)?)?"
-)
+_CATEGORY = re.compile(r"(3d_spatial|non_spatial|spatial|numeracy|complex|color|shape|texture)(_(train|val)(_\w+)?)?")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
@@ -116,8 +114,7 @@ def _decoded(file: Path, data: bytes) -> str:
         at = error.start + len(data) - len(error.object)
         line = len(_LINE_END.findall(data[:at].decode("latin-1"))) + 1
         raise DataError(
-            f"{file}:{line}: not UTF-8: byte {at} of the file is 0x{data[at]:02x};"
-            " save the file as UTF-8"
+            f"{file}:{line}: not UTF-8: byte {at} of the file is 0x{data[at]:02x}; save the file as UTF-8"
         ) from error
 
 

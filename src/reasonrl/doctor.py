@@ -46,7 +46,10 @@ def examine(recipe: Recipe) -> list[Finding]:
         live = {row.groups[stage] for row in rows if row.advantages.get(stage)}
         number = len({row.groups[stage] for row in rows if stage in row.groups})
         found.append(
-            Finding(bool(live), f"stage {stage}: {len(live)} of {number} groups have an advantage to learn from")
+            Finding(
+                bool(live),
+                f"stage {stage}: {len(live)} of {number} groups have an advantage to learn from",
+            )
         )
     return found
 

@@ -115,9 +115,7 @@ def _register(plugins: pluggy.PluginManager, component: Component) -> None:
         raise PluginError(registry.claimed_twice(same))
     plugin = registry.imported(component)
     if isinstance(plugin, type):
-        raise _refused(
-            component, f"{registry.described(plugin)} is not a module or an object: make one of it"
-        )
+        raise _refused(component, f"{registry.described(plugin)} is not a module or an object: make one of it")
     try:
         plugins.register(plugin, name=component.name)
         plugins.check_pending()
@@ -129,13 +127,8 @@ def _register(plugins: pluggy.PluginManager, component: Component) -> None:
     if not observers:
         raise _refused(component, "it has no @reasonrl.hookimpl function")
     for caller in observers:
-        if any(
-            one.plugin is plugin and (one.wrapper or one.hookwrapper)
-            for one in caller.get_hookimpls()
-        ):
-            raise _refused(
-                component, f"{caller.name} is a wrapper, but observers are called one by one"
-            )
+        if any(one.plugin is plugin and (one.wrapper or one.hookwrapper) for one in caller.get_hookimpls()):
+            raise _refused(component, f"{caller.name} is a wrapper, but observers are called one by one")
 
 
 def _installed() -> list[Component]:
@@ -149,9 +142,7 @@ def _refused(component: Component, why: str) -> PluginError:
 
 def _check_facts(plugins: pluggy.PluginManager, hook: str, facts: Mapping[str, Any]) -> None:
     if hook not in HOOKS:
-        raise ContractError(
-            f"no hook {hook!r}.{registry.did_you_mean(hook, HOOKS)} Hooks: {', '.join(HOOKS)}"
-        )
+        raise ContractError(f"no hook {hook!r}.{registry.did_you_mean(hook, HOOKS)} Hooks: {', '.join(HOOKS)}")
     wanted = getattr(plugins.hook, hook).spec.argnames
     if set(facts) != set(wanted):
         raise ContractError(f"hook {hook} is called with {sorted(wanted)}, got {sorted(facts)}")

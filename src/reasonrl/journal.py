@@ -89,12 +89,17 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             trajectory.image.save(path)
         except OSError as error:
-            raise CheckpointError(f"cannot write {path}: {error.strerror or error}; checkpoints are untouched") from error
+            raise CheckpointError(
+                f"cannot write {path}: {error.strerror or error}; checkpoints are untouched"
+            ) from error
         return name
 
 
 def summary(
-    rows: Sequence[Row], trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], stages: Sequence[str]
+    rows: Sequence[Row],
+    trajectories: Sequence[Trajectory],
+    verdicts: Sequence[Verdict],
+    stages: Sequence[str],
 ) -> dict[str, float | None]:
     """Returns the rollout's metrics: rewards by stage, raw scores, unscored, lengths, groups that say nothing."""
     totals = {stage: [v.total(stage) for v in verdicts] for stage in stages}

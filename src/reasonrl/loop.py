@@ -86,7 +86,13 @@ def train(
             if torch.isfinite(norm):
                 learner.optimizer.step()
             learner.optimizer.zero_grad()
-            observe("update_end", step=step, grad_norm=norm, metrics=metrics, skipped=not torch.isfinite(norm))
+            observe(
+                "update_end",
+                step=step,
+                grad_norm=norm,
+                metrics=metrics,
+                skipped=not torch.isfinite(norm),
+            )
         for weights in learner.weights.values():
             weights.update(step)  # old policies and averages follow, the reference stays
         observe("step_end", step=step, learner=learner)

@@ -48,9 +48,7 @@ def _whole(value: SupportsIndex) -> int:
     try:
         return index(value)
     except TypeError:
-        raise DataError(
-            f"a Box holds whole numbers in 0..{CANVAS}, got {value!r}: round it"
-        ) from None
+        raise DataError(f"a Box holds whole numbers in 0..{CANVAS}, got {value!r}: round it") from None
 
 
 @final
@@ -389,8 +387,7 @@ _WORDS = {
     Relation.LEFT: [f"{lead}left {of}" for lead in _LEADS for of in ("of", "side of")],
     Relation.RIGHT: [f"{lead}right {of}" for lead in _LEADS for of in ("of", "side of")],
     Relation.ABOVE: ["above", *(f"{lead}top of" for lead in _LEADS)],
-    Relation.BELOW: ["below", "under", "underneath", "beneath"]
-    + [f"{lead}bottom of" for lead in _LEADS],
+    Relation.BELOW: ["below", "under", "underneath", "beneath"] + [f"{lead}bottom of" for lead in _LEADS],
     Relation.NEXT_TO: ["next to", "near", "beside", "adjacent to", "close to"]
     + [f"{lead}side of" for lead in ("on ", "on the ", "by ", "by the ")],
     Relation.INSIDE: ["inside", "inside of", "within"],
@@ -448,9 +445,7 @@ def plain_name(name: str) -> str:
     return " ".join(rest if rest and first in ("a", "an", "the") else [first, *rest])
 
 
-def match(
-    planned: Sequence[PlannedObject], found: Sequence[PlannedObject]
-) -> list[tuple[int, int | None, float]]:
+def match(planned: Sequence[PlannedObject], found: Sequence[PlannedObject]) -> list[tuple[int, int | None, float]]:
     """Returns (index in planned, its partner's index in found, their IoU), in planned order.
 
     One to one, among objects of the same plain name, with the largest total IoU (exact, Hungarian).

@@ -7,7 +7,13 @@ from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 T = TypeVar("T")
@@ -37,7 +43,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bar.stop()
 
@@ -54,7 +63,12 @@ class Progress:
 
     def watch(self, items: Iterable[T], what: str, *, total: int) -> Iterator[T]:
         """Yields the items under a bar of their own."""
-        columns = (TextColumn(what, markup=False), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn())
+        columns = (
+            TextColumn(what, markup=False),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+        )
         disabled = self.console.quiet or not self.console.is_terminal
         with Bar(*columns, console=self.console, transient=True, disable=disabled) as bar:
             yield from bar.track(items, total=total)

@@ -48,10 +48,7 @@ class Component:
     @property
     def way_out(self) -> str:
         """What a user can do where the distribution is at fault."""
-        return (
-            f"update or uninstall {self.distribution},"
-            f" or set {BLOCK}={self.distribution} to ignore it"
-        )
+        return f"update or uninstall {self.distribution}, or set {BLOCK}={self.distribution} to ignore it"
 
 
 def components(kind: str | None = None) -> list[Component]:
@@ -85,9 +82,7 @@ def imported(component: Component) -> Any:
     try:
         return EntryPoint(component.name, component.value, "reasonrl").load()
     except Exception as error:
-        raise PluginError(
-            f"{component} failed to import: {one_line(error)}; {component.way_out}"
-        ) from error
+        raise PluginError(f"{component} failed to import: {one_line(error)}; {component.way_out}") from error
 
 
 def name_of(component: object) -> str | None:
@@ -136,9 +131,7 @@ def _component(kind: str, entry: EntryPoint) -> Component:
 
 def _known_kind(kind: str) -> str:
     if kind not in KINDS:
-        raise PluginError(
-            f"unknown kind {kind!r}.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}"
-        )
+        raise PluginError(f"unknown kind {kind!r}.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}")
     return kind
 
 
@@ -176,14 +169,11 @@ def _checked(component: Component, made: Any) -> Any:
     if wanted is None:
         if callable(made):
             return made
-        raise PluginError(
-            f"{component} must be callable, got {described(made)}; {component.way_out}"
-        )
+        raise PluginError(f"{component} must be callable, got {described(made)}; {component.way_out}")
     if isinstance(made, type) and issubclass(made, wanted):
         return made
     raise PluginError(
-        f"{component} must be a subclass of reasonrl.{wanted.__name__}, got {described(made)};"
-        f" {component.way_out}"
+        f"{component} must be a subclass of reasonrl.{wanted.__name__}, got {described(made)}; {component.way_out}"
     )
 
 

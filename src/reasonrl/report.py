@@ -96,7 +96,15 @@ def _accuracy(step: int, split: str, category: str, values: Sequence[bool | None
     silent = len(values) - len(known)
     if not known:
         return Accuracy(step, split, category, 0, silent, None, None, None)
-    return Accuracy(step, split, category, len(known), silent, sum(known) / len(known), *bootstrap_interval(known))
+    return Accuracy(
+        step,
+        split,
+        category,
+        len(known),
+        silent,
+        sum(known) / len(known),
+        *bootstrap_interval(known),
+    )
 
 
 def planned_boxes_over(image: Image.Image, plan: Plan | None, *, scale: int = 4) -> Image.Image:
@@ -109,9 +117,14 @@ def planned_boxes_over(image: Image.Image, plan: Plan | None, *, scale: int = 4)
             continue
         color = LINE_COLORS[index % len(LINE_COLORS)]
         box = item.box
-        corners = (box.x0 * width / 1000, box.y0 * height / 1000, box.x1 * width / 1000 - 1, box.y1 * height / 1000 - 1)
+        corners = (
+            box.x0 * width / 1000,
+            box.y0 * height / 1000,
+            box.x1 * width / 1000 - 1,
+            box.y1 * height / 1000 - 1,
+        )
         pen.rectangle(corners, outline=color, width=2)
-        left, top, right, bottom = pen.textbbox((0, 0), item.name[:24], font=font)
+        _, _, right, bottom = pen.textbbox((0, 0), item.name[:24], font=font)
         x = min(max(corners[0], 0), max(width - right - 4, 0))
         y = min(max(corners[1] - bottom - 3, 0), height - bottom - 3)
         pen.rectangle((x, y, x + right + 3, y + bottom + 3), fill=color)
@@ -135,7 +148,15 @@ def write_report(directory: str | Path) -> Path:
 
 def page(run: Run) -> str:
     """Returns the HTML page: no scripts, nothing fetched, every text escaped."""
-    sections = [_header(run), _headline(run), _table(run), _curves(run), _pairs(run), _samples(run), _notes(run)]
+    sections = [
+        _header(run),
+        _headline(run),
+        _table(run),
+        _curves(run),
+        _pairs(run),
+        _samples(run),
+        _notes(run),
+    ]
     return _SHELL.replace("{title}", escape(run.directory.name)).replace("{body}", "\n".join(filter(None, sections)))
 
 
@@ -155,7 +176,10 @@ def _headline(run: Run) -> str:
     steps = sorted({row.step for row in rows})
     first, last = steps[0], steps[-1]
     series = [
-        (split, [(r.step == last, r.mean, r.low, r.high) for r in rows if r.split == split and r.step in (first, last)])
+        (
+            split,
+            [(r.step == last, r.mean, r.low, r.high) for r in rows if r.split == split and r.step in (first, last)],
+        )
         for split in dict.fromkeys(row.split for row in rows)
     ]
     return f"<h2>Exact accuracy, step {first} and step {last}</h2>{whiskers(series)}<p>Dots are means over prompts, lines 95% bootstrap intervals; hollow = before.</p>"
@@ -188,7 +212,7 @@ def _cell(row: Accuracy | None) -> str:
 
 def _curves(run: Run) -> str:
     names = [k for k in dict.fromkeys(k for line in run.metrics for k in line) if k != "step"]
-    first = [k for k in names if k.startswith("reward") or k.startswith("score/")]
+    first = [k for k in names if k.startswith(("reward", "score/"))]
     order = first + [k for k in names if k not in first]
     steps = [float(line["step"]) for line in run.metrics]
     panels = [curve(name, steps, [_float(line.get(name)) for line in run.metrics]) for name in order]
@@ -274,7 +298,9 @@ def _spread(items: Sequence[dict[int, dict[str, Any]]], number: int) -> list[dic
     for item in items:
         line = next(iter(item.values()))
         piles.setdefault((str(line["split"]), str(line["category"])), []).append(item)
-    turns = [pile[i] for i in range(max(map(len, piles.values()), default=0)) for pile in piles.values() if i < len(pile)]
+    turns = [
+        pile[i] for i in range(max(map(len, piles.values()), default=0)) for pile in piles.values() if i < len(pile)
+    ]
     return turns[:number]
 
 

@@ -64,9 +64,7 @@ def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0) -> Ex
     return experience
 
 
-def demonstrations(
-    recipe: Recipe, step_of: Callable[[int], Sequence[Trajectory]], *, start: int = 0
-) -> Experience:
+def demonstrations(recipe: Recipe, step_of: Callable[[int], Sequence[Trajectory]], *, start: int = 0) -> Experience:
     """Returns supervised experience: `step_of(step)` gives texts and images, the policy encodes them as actions."""
     if not isinstance(recipe.policy, Teachable):
         raise ContractError(f"{type(recipe.policy).__name__} cannot learn from demonstrations: it is no Teachable")
@@ -81,7 +79,12 @@ def demonstrations(
 
 
 def draw_trajectories(
-    policy: Policy, renderer: Renderer | None, prompts: Sequence[Prompt], *, group_size: int, draw: Draw
+    policy: Policy,
+    renderer: Renderer | None,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    draw: Draw,
 ) -> list[Trajectory]:
     """Returns sampled and rendered trajectories; ContractError where ids repeat or addresses collide."""
     repeated = sorted(i for i, n in Counter(p.id for p in prompts).items() if n > 1)
@@ -182,7 +185,8 @@ def _stop_if_blind(recipe: Recipe, step: int, verdicts: Sequence[Verdict]) -> No
         )
         why = "; ".join(f"{note} ({times}x)" for note, times in notes.most_common(3)) or "no reason given"
         raise JudgeError(
-            f"step {step}: {share:.0%} of trajectories are unscored, more than max_unscored={recipe.max_unscored:g}: {why}"
+            f"step {step}: {share:.0%} of trajectories are unscored,"
+            f" more than max_unscored={recipe.max_unscored:g}: {why}"
         )
 
 

@@ -83,9 +83,7 @@ class _Session:
         found = checkpoint.saved(self.directory / "checkpoints")
         if not found:
             raise CheckpointError(f"{self.directory}/checkpoints holds no checkpoint: start again without --resume")
-        self.finished = checkpoint.restore(
-            found[-1], weights=self.learner.weights, optimizer=self.learner.optimizer
-        )
+        self.finished = checkpoint.restore(found[-1], weights=self.learner.weights, optimizer=self.learner.optimizer)
         self.journal.rewind(self.finished)
 
     def run(self, experience: Experience) -> Path:
@@ -126,7 +124,12 @@ class _Session:
         answers: list[Answer] = []
         for split, prompts in self.tests.items():
             found = evaluate(
-                self.recipe.policy, self.recipe.renderer, judge, prompts, split=split, timeout_s=self.recipe.judge_timeout_s
+                self.recipe.policy,
+                self.recipe.renderer,
+                judge,
+                prompts,
+                split=split,
+                timeout_s=self.recipe.judge_timeout_s,
             )
             answers += self.progress.watch(found, f"evaluating {split}", total=len(prompts))
         self.journal.rewind_evaluation(step)
@@ -146,7 +149,11 @@ class _Session:
             )
 
     def _rollout_end(
-        self, step: int, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], rows: Sequence[Row]
+        self,
+        step: int,
+        trajectories: Sequence[Trajectory],
+        verdicts: Sequence[Verdict],
+        rows: Sequence[Row],
     ) -> None:
         hooks.call("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
         self._line = dict(summary(rows, trajectories, verdicts, self.recipe.stages))
@@ -173,9 +180,7 @@ class _Session:
         if self.stop or self.finished % self.recipe.save_every == 0:
             self.save()
         if self.stop:
-            raise Interrupted(
-                f"stopped after step {step}, saved. Go on with: reasonrl train --resume {self.directory}"
-            )
+            raise Interrupted(f"stopped after step {step}, saved. Go on with: reasonrl train --resume {self.directory}")
 
     def _save_after(self, error: ReasonRLError) -> None:
         if isinstance(error, CheckpointError):

@@ -52,9 +52,7 @@ def sample_trajectories() -> list[Trajectory]:
     All have an image but "no-image"; the others are the keys of TEXTS.
     """
     return [
-        _trajectory(
-            Prompt(name, PROMPTS[0].text), member, text and text + " " * member, name != "no-image"
-        )
+        _trajectory(Prompt(name, PROMPTS[0].text), member, text and text + " " * member, name != "no-image")
         for name, text in [*TEXTS.items(), ("no-image", PLAN)]
         for member in (0, 1)
     ]
@@ -273,11 +271,7 @@ def _check_segment(policy: Policy, stage: str, segment: Segment, row: Trajectory
 def _agreement(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> float:
     """Returns the fraction of segments whose actions are equal, bit by bit."""
     first, second = (
-        {
-            (_address(row), stage): s.actions.tolist()
-            for row in rows
-            for stage, s in row.segments.items()
-        }
+        {(_address(row), stage): s.actions.tolist() for row in rows for stage, s in row.segments.items()}
         for rows in (one, other)
     )
     return sum(second.get(k) == actions for k, actions in first.items()) / max(1, len(first))

@@ -64,9 +64,7 @@ class Segment:
         if self.log_probs is not None:
             lengths["log_probs"] = len(self.log_probs)
         if len(set(lengths.values())) > 1:
-            raise ContractError(
-                f"segment {self.stage!r} has {lengths}: actions, mask and log_probs need one length"
-            )
+            raise ContractError(f"segment {self.stage!r} has {lengths}: actions, mask and log_probs need one length")
 
 
 @frozen(eq=False)
@@ -84,7 +82,7 @@ class Trajectory:
     @property
     def reasoning(self) -> str | None:
         """The last text, or None."""
-        return next(reversed(self.texts.values()), None) if self.texts else None
+        return list(self.texts.values())[-1] if self.texts else None
 
     @property
     def plan(self) -> Any:
@@ -96,7 +94,7 @@ class Trajectory:
     @property
     def image(self) -> Image | None:
         """The last image, or None."""
-        return next(reversed(self.images.values()), None) if self.images else None
+        return list(self.images.values())[-1] if self.images else None
 
     def shown(self) -> Trajectory:
         """Returns it without segments: what travels to a judge."""
@@ -111,9 +109,7 @@ class Score:
     note: str = ""
 
     def __bool__(self) -> bool:
-        raise ContractError(
-            f"bool({self!r}) is ambiguous: write `score.value is None` or `score.value > 0`"
-        )
+        raise ContractError(f"bool({self!r}) is ambiguous: write `score.value is None` or `score.value > 0`")
 
 
 @frozen

@@ -21,9 +21,7 @@ class Weights:
     def __init__(self, trainable: Trainable, shadows: Mapping[str, Callable[[int], float]]) -> None:
         self.live = [p for p in trainable.module.parameters() if p.requires_grad]
         self.decays = dict(shadows)
-        self.copies: dict[str, list[Tensor]] = {
-            name: [p.detach().clone() for p in self.live] for name in shadows
-        }
+        self.copies: dict[str, list[Tensor]] = {name: [p.detach().clone() for p in self.live] for name in shadows}
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonrl import ConfigError, Prompt, Trajectory
-from reasonrl.judges import DualStage, ScenePromptImage, SceneReasoningImage, SceneSemantic, SceneSpatial
+from reasonrl.judges import (
+    DualStage,
+    ScenePromptImage,
+    SceneReasoningImage,
+    SceneSemantic,
+    SceneSpatial,
+)
 from reasonrl.scenes import compose, parser, splits, truth, world
 from reasonrl.scenes.grammar import parse_prompt
 from reasonrl.testing import check_judge

@@ -26,7 +26,7 @@ def replayed(policy, trajectories, stages=("reasoning", "image")):
     rows = [Row(t, {}, {}, frozenset(policy.stages)) for t in trajectories]
     batch = collate(rows, policy.stages)
     with torch.no_grad():
-        return batch, policy.replay(batch, {stage: BOTH for stage in stages})
+        return batch, policy.replay(batch, dict.fromkeys(stages, BOTH))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -134,7 +134,10 @@ def test_demonstrations_encode_to_what_sampling_would_have_recorded():
 
     shown = compose.demonstration(PROMPTS[1].text, np.random.default_rng(0), compose.NO_FAULTS)
     lesson = Trajectory(
-        PROMPTS[1], (0,), texts={"reasoning": shown.plan_text}, artifacts={"image_tokens": shown.tokens}
+        PROMPTS[1],
+        (0,),
+        texts={"reasoning": shown.plan_text},
+        artifacts={"image_tokens": shown.tokens},
     )
     (encoded,) = policy.encode([lesson])
     segment = encoded.segments["reasoning"]
@@ -150,7 +153,7 @@ def test_blanked_demonstrations_train_the_image_under_the_unconditional_prefix()
     lesson = evolve(drawn[0], segments={}, artifacts={"image_tokens": drawn[0].segments["image"].actions})
     (blank,) = policy.encode([lesson])
     assert not blank.segments["reasoning"].mask.any()
-    batch, found = replayed(policy, [blank])
+    _, found = replayed(policy, [blank])
     guided = evolve(policy, guidance=0.0)  # w = 0 is the unconditional branch
     seen = evolve(policy, blank_frac=0.0).encode([lesson])
     _, expected = replayed(guided, seen)
@@ -175,7 +178,9 @@ def test_a_saved_model_loads_with_transformers_alone_and_draws_the_same(tmp_path
 def test_unknown_words_and_control_tokens_are_refused_by_prompt_id():
     policy = GoTR1("nano")
     wrong = [Prompt("mine.txt:3", "a teal vase"), Prompt("mine.txt:5", "a <begin_of_image> circle")]
-    with pytest.raises(DataError, match=r"mine\.txt:3 \(unknown word 'teal', 'vase'\); mine\.txt:5 \(contains") as error:
+    with pytest.raises(
+        DataError, match=r"mine\.txt:3 \(unknown word 'teal', 'vase'\); mine\.txt:5 \(contains"
+    ) as error:
         policy.check(wrong)
     assert "\n" not in str(error.value)
 
@@ -198,7 +203,11 @@ def test_broken_checkpoints_are_refused_in_one_line(tmp_path):
         GoTR1(str(tmp_path / "cut")).module  # noqa: B018
     assert "\n" not in str(error.value)
     policy.save(tmp_path / "foreign")
-    save_file({"something.else": torch.zeros(3)}, tmp_path / "foreign" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"something.else": torch.zeros(3)},
+        tmp_path / "foreign" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match="does not fit"):
         GoTR1(str(tmp_path / "foreign")).module  # noqa: B018
 

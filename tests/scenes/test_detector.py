@@ -12,8 +12,7 @@ def test_nearly_all_clean_scenes_are_seen_as_they_are():
     rng, prompts = np.random.default_rng(0), splits.load("test")
     scenes = [place(parse_prompt(prompt), rng) for prompt in prompts]
     right = [
-        sorted(o.name for o in detector.read_image(draw(scene)).objects)
-        == sorted(o.name for o in scene.objects)
+        sorted(o.name for o in detector.read_image(draw(scene)).objects) == sorted(o.name for o in scene.objects)
         for scene in scenes
     ]
     assert sum(right) >= 0.95 * len(right)
@@ -22,9 +21,7 @@ def test_nearly_all_clean_scenes_are_seen_as_they_are():
 def test_boxes_are_those_of_the_pixels():
     square = SceneObject("square", "cyan", "checkered", box_at(1, 4, 3))
     seen = detector.read_image(draw(Scene((square,))))
-    assert seen == detector.Detection(
-        (detector.Sighting("square", "cyan", "checkered", Box(125, 500, 500, 875)),), 0
-    )
+    assert seen == detector.Detection((detector.Sighting("square", "cyan", "checkered", Box(125, 500, 500, 875)),), 0)
     assert seen.objects[0].name == square.name
 
 

@@ -83,9 +83,7 @@ def test_longer_prompts_have_four_objects_and_the_others_at_most_three():
 
 def test_inverted_prompts_are_the_only_ones_in_that_form():
     for name in splits.NAMES:
-        starts = {
-            text.split()[0] in ("a", "an", "one", "two", "three") for text in splits.load(name)
-        }
+        starts = {text.split()[0] in ("a", "an", "one", "two", "three") for text in splits.load(name)}
         assert starts == {name != "inverted"}
 
 

@@ -115,10 +115,7 @@ def test_names_of_a_plan_are_read_as_attributes():
         "red red circle",
     ]
     box = Box(0, 0, 250, 250)
-    said = [
-        (o.shape, o.color, o.texture)
-        for o in truth.objects_of_plan([PlannedObject(name, box) for name in names])
-    ]
+    said = [(o.shape, o.color, o.texture) for o in truth.objects_of_plan([PlannedObject(name, box) for name in names])]
     nothing = (None, None, None)
     assert said == [
         ("circle", "red", "striped"),

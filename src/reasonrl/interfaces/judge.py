@@ -247,9 +247,7 @@ class Named(Judge):
         alone = len(verdict.scores) <= 1
         names = {old: self.name if alone else f"{self.name}.{old}" for old in verdict.scores}
         terms = {
-            stage: tuple(
-                Term(self.name if len(ts) == 1 else f"{self.name}.{t.name}", t.value, t.weight) for t in ts
-            )
+            stage: tuple(Term(self.name if len(ts) == 1 else f"{self.name}.{t.name}", t.value, t.weight) for t in ts)
             for stage, ts in verdict.terms.items()
         }
         return Verdict(terms, {names[old]: score for old, score in verdict.scores.items()})
@@ -282,10 +280,7 @@ def _fold(
     fold: Callable[[Sequence[tuple[Term, ...]]], tuple[Term, ...]],
 ) -> Verdict:
     stages = dict.fromkeys(stage for verdict in verdicts for stage in verdict.terms)
-    terms = {
-        stage: fold([said for verdict in verdicts if (said := verdict.on(stage)) is not None])
-        for stage in stages
-    }
+    terms = {stage: fold([said for verdict in verdicts if (said := verdict.on(stage)) is not None]) for stage in stages}
     _refuse_twice(Counter(name for verdict in verdicts for name in verdict.scores))
     for stage_terms in terms.values():
         _refuse_twice(Counter(term.name for term in stage_terms))

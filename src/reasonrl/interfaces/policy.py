@@ -20,15 +20,13 @@ class Policy(Trainable):
     """Artifacts it attaches, which a judge may need."""
 
     @abstractmethod
-    def sample(
-        self, prompts: Sequence[Prompt], *, group_size: int, draw: Draw
-    ) -> list[Trajectory]:
+    def sample(self, prompts: Sequence[Prompt], *, group_size: int, draw: Draw) -> list[Trajectory]:
         """Draws whole groups, contiguous, under no_grad: row p * group_size + g belongs to prompt p.
 
         All randomness comes from `draw`, addressed by (prompt id, member, stage).
         """
 
-    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - accepting every prompt is a fair default
+    def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises DataError, naming the prompt's id, for a prompt it cannot read; called before a run."""
 
 

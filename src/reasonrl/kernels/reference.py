@@ -48,9 +48,7 @@ def selective_log_prob(
     return_entropy: bool = False,
 ) -> LogProbs:
     """Returns the log-prob of each target (...) under logits (..., V), and the entropy without gradient."""
-    every = log_softmax(
-        logits, uncond_logits=uncond_logits, cfg_weight=cfg_weight, temperature=temperature
-    )
+    every = log_softmax(logits, uncond_logits=uncond_logits, cfg_weight=cfg_weight, temperature=temperature)
     chosen = every.gather(-1, target[..., None]).squeeze(-1)
     return LogProbs(chosen, _entropy(every.detach()) if return_entropy else None)
 

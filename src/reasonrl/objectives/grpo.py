@@ -54,12 +54,12 @@ class GRPO(Objective):
 
     def advantages(self, rewards: Rewards) -> tuple[Tensor, Tensor]:
         """Returns (r − mean) / (std + eps) within each group; incomplete draws take no part."""
-        return group_advantages(
-            rewards.total, rewards.groups, rewards.complete, scale=self.scale, eps=self.eps
-        )
+        return group_advantages(rewards.total, rewards.groups, rewards.complete, scale=self.scale, eps=self.eps)
 
     def loss(self, stage: Stage, replay: Replay, frozen: Mapping[str, Replay]) -> Loss:
         """Returns the clipped surrogate plus kl × k3, summed over trained actions."""
+        assert replay.log_probs is not None
+        assert replay.entropy is not None
         mask = stage.mask
         live = replay.log_probs[mask]
         old = live.detach() if stage.log_probs is None else stage.log_probs[mask]
@@ -74,7 +74,9 @@ class GRPO(Objective):
             "entropy": replay.entropy[mask].sum(),
         }
         if self.kl:
-            divergence = k3(live, frozen["reference"].log_probs[mask])
+            reference = frozen["reference"].log_probs
+            assert reference is not None
+            divergence = k3(live, reference[mask])
             total = total + self.kl * divergence.sum()
             metrics["kl"] = divergence.detach().sum()
         return Loss(total, {k: torch.as_tensor(v) for k, v in metrics.items()})

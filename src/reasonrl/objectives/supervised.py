@@ -25,5 +25,6 @@ class Supervised(Objective):
 
     def loss(self, stage: Stage, replay: Replay, frozen: Mapping[str, Replay]) -> Loss:
         """Returns −Σ log p over trained actions."""
+        assert replay.log_probs is not None
         total = -replay.log_probs[stage.mask].sum()
         return Loss(total, {"nats": total.detach()})

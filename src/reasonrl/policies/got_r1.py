@@ -141,15 +141,11 @@ class GoTR1(Policy, Teachable):
         )
         return [self._trajectory(p, m, ids[i // group_size], drawn, i) for i, (p, m) in enumerate(rows)]
 
-    def _trajectory(
-        self, prompt: Prompt, member: tuple[int, ...], ids: Tensor, drawn: Drawn, row: int
-    ) -> Trajectory:
+    def _trajectory(self, prompt: Prompt, member: tuple[int, ...], ids: Tensor, drawn: Drawn, row: int) -> Trajectory:
         length = int(drawn.text_lengths[row])
         text = drawn.text[row, :length]
         mask = ~drawn.text_forced[row, :length]
-        reasoning = Segment(
-            REASONING, member, text, mask, drawn.text_log_probs[row, :length], {"prompt_ids": ids}
-        )
+        reasoning = Segment(REASONING, member, text, mask, drawn.text_log_probs[row, :length], {"prompt_ids": ids})
         image_mask = torch.ones(drawn.image.shape[1], dtype=torch.bool)
         blank = {"blank": torch.tensor(False)}
         image = Segment(IMAGE, member, drawn.image[row], image_mask, drawn.image_log_probs[row], blank)
@@ -170,7 +166,7 @@ class GoTR1(Policy, Teachable):
 
     def _encoded(self, trajectory: Trajectory) -> Trajectory:
         prompt_ids = self._prompt_ids(trajectory.prompt.text)
-        text = torch.tensor(self._ids(trajectory.texts[REASONING]) + [self.special.begin_image])
+        text = torch.tensor([*self._ids(trajectory.texts[REASONING]), self.special.begin_image])
         image = torch.as_tensor(trajectory.artifacts["image_tokens"]).long()
         member = trajectory.member or (0,)
         # Addressed noise decides which demonstrations are blanked, so that the choice survives a resume.
@@ -180,7 +176,12 @@ class GoTR1(Policy, Teachable):
         segments = {
             REASONING: Segment(REASONING, member, text, trained, None, {"prompt_ids": prompt_ids}),
             IMAGE: Segment(
-                IMAGE, member, image, torch.ones(len(image), dtype=torch.bool), None, {"blank": torch.tensor(blank)}
+                IMAGE,
+                member,
+                image,
+                torch.ones(len(image), dtype=torch.bool),
+                None,
+                {"blank": torch.tensor(blank)},
             ),
         }
         return evolve(trajectory, member=member, segments=segments)
@@ -234,9 +235,18 @@ class _Packed:
         image = batch.stages.get(IMAGE)
         if image is None:
             empty = text.new_zeros(len(rows), 0)
-            return cls(text, empty, lengths, text_at, empty.bool(), torch.zeros_like(lengths, dtype=torch.bool))
+            return cls(
+                text,
+                empty,
+                lengths,
+                text_at,
+                empty.bool(),
+                torch.zeros_like(lengths, dtype=torch.bool),
+            )
         image_at = image.mask if IMAGE in needs else torch.zeros_like(image.mask)
-        blank = torch.stack([torch.tensor(False, device=text.device) if b is None else b for b in image.context["blank"]])
+        blank = torch.stack(
+            [torch.tensor(False, device=text.device) if b is None else b for b in image.context["blank"]]
+        )
         return cls(text, image.actions, lengths, text_at, image_at, blank)
 
 

@@ -16,6 +16,9 @@ SPARE = 64
 class GrowingLayer(DynamicLayer):
     """Keys and values are views of a larger buffer; what attention sees is what DynamicLayer would give."""
 
+    keys: Tensor
+    values: Tensor
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Starts empty."""
         super().lazy_initialization(key_states, value_states)

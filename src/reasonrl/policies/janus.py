@@ -85,7 +85,10 @@ class JanusModule(nn.Module):
             # The token at position t is predicted by the hidden state at t - 1.
             states = hidden[:, : text.shape[1] - 1][text_at[:, 1:]]
             found = selective_log_prob(
-                self.model.lm_head(states), text[:, 1:][text_at[:, 1:]], temperature=temperature, return_entropy=entropy
+                self.model.lm_head(states),
+                text[:, 1:][text_at[:, 1:]],
+                temperature=temperature,
+                return_entropy=entropy,
             )
             out["reasoning"] = (found.log_prob, found.entropy)
         if has_image:
@@ -130,7 +133,9 @@ class JanusModule(nn.Module):
             space = embedded.new_zeros(*image.shape, embedded.shape[-1])
             at = _image_positions(lengths, image.shape[1]) + 1
             embedded = torch.cat([embedded, space], 1).scatter(
-                1, at[..., None].expand(-1, -1, embedded.shape[-1]), self.embed_image(image).to(embedded.dtype)
+                1,
+                at[..., None].expand(-1, -1, embedded.shape[-1]),
+                self.embed_image(image).to(embedded.dtype),
             )
         return self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
 
@@ -188,7 +193,10 @@ def _model(folder: Path) -> JanusForConditionalGeneration:
 
 
 def _refuse_incomplete(folder: Path) -> None:
-    wanted = {"config.json": ["config.json"], "weights": [p.name for p in folder.glob("*.safetensors")]}
+    wanted = {
+        "config.json": ["config.json"],
+        "weights": [p.name for p in folder.glob("*.safetensors")],
+    }
     lacking = [what for what, names in wanted.items() if not names or not all((folder / n).is_file() for n in names)]
     if lacking:
         raise CheckpointError(
@@ -201,9 +209,7 @@ def _refuse_dropout(model: JanusForConditionalGeneration, folder: Path) -> None:
     rates = {"attention_dropout": getattr(model.config.text_config, "attention_dropout", 0.0)}
     live = {name: rate for name, rate in rates.items() if rate}
     if live:
-        raise ConfigError(
-            f"{folder} uses dropout {live}: sampling and replay would differ, set it to 0 in config.json"
-        )
+        raise ConfigError(f"{folder} uses dropout {live}: sampling and replay would differ, set it to 0 in config.json")
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

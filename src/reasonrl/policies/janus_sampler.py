@@ -41,7 +41,12 @@ class Sampler:
 
     @torch.no_grad()
     def draw(
-        self, prompts: Sequence[Tensor], group_size: int, *, text_uniforms: Tensor, image_uniforms: Tensor
+        self,
+        prompts: Sequence[Tensor],
+        group_size: int,
+        *,
+        text_uniforms: Tensor,
+        image_uniforms: Tensor,
     ) -> Drawn:
         """Returns rows p * group_size + g. One float64 uniform an action, drawn up front, decides each token."""
         device = next(self.module.parameters()).device
@@ -162,7 +167,10 @@ class _Branch:
         """Returns each row `times` times, without computing it again."""
         self.cache.batch_repeat_interleave(times)
         return _Branch(
-            self.module, self.cache, self.present.repeat_interleave(times, 0), self.state.repeat_interleave(times, 0)
+            self.module,
+            self.cache,
+            self.present.repeat_interleave(times, 0),
+            self.state.repeat_interleave(times, 0),
         )
 
     def selected(self, rows: Tensor) -> _Branch:

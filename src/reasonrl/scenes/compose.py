@@ -36,9 +36,7 @@ _EDGES = tuple(size // PATCH for size in SIZES.values())
 
 
 def _probability(default: float) -> float:
-    checked: float = field(
-        default=default, validator=validators.and_(validators.ge(0), validators.le(1))
-    )
+    checked: float = field(default=default, validator=validators.and_(validators.ge(0), validators.le(1)))
     return checked
 
 
@@ -131,9 +129,7 @@ def describe(scene: Scene, request: Request) -> str:
     return text
 
 
-def demonstration(
-    prompt_text: str, rng: np.random.Generator, faults: Faults | None = None
-) -> Demonstration:
+def demonstration(prompt_text: str, rng: np.random.Generator, faults: Faults | None = None) -> Demonstration:
     """Returns a plan and an image for a prompt, with faults; plan and image fail together.
 
     The plan's words keep the prompt's relation, so a wrong relation shows in its boxes only.

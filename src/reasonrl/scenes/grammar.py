@@ -177,9 +177,7 @@ _SHAPE_OF = {word: s for s, plural in PLURALS.items() for word in (s, plural)}
 _COUNT_OF = {**dict.fromkeys(ARTICLES, 1), **{word: i for i, word in enumerate(NUMBERS, start=1)}}
 _OBJECT_WORDS = {*_SHAPE_OF, *_COUNT_OF, *COLORS, *TEXTURES}
 _KNOWN = sorted({*_OBJECT_WORDS, "and", "is", ",", *(w for p in PHRASES for w in p.split())})
-_TOKEN = re.compile(
-    rf"(?:{'|'.join(sorted(map(re.escape, PHRASES), key=len, reverse=True))})(?![\w-])|[\w-]+|\S"
-)
+_TOKEN = re.compile(rf"(?:{'|'.join(sorted(map(re.escape, PHRASES), key=len, reverse=True))})(?![\w-])|[\w-]+|\S")
 
 
 class _Reader:

@@ -58,7 +58,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END_TEXT,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        extra_special_tokens={"boi_token": BEGIN_IMAGE, "eoi_token": END_IMAGE, "image_token": IMAGE},
+        extra_special_tokens={
+            "boi_token": BEGIN_IMAGE,
+            "eoi_token": END_IMAGE,
+            "image_token": IMAGE,
+        },
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -129,5 +133,9 @@ def _decoder() -> Any:
     ]
     corners = [(f"({x}, ", f"({x},") for x in EDGES]
     # WordPiece puts a space before every token but the first; Fuse joins them, so that Replace sees the whole text.
-    steps = [d.WordPiece(prefix="##", cleanup=False), d.Fuse(), *(d.Replace(a, b) for a, b in glued + corners)]
+    steps = [
+        d.WordPiece(prefix="##", cleanup=False),
+        d.Fuse(),
+        *(d.Replace(a, b) for a, b in glued + corners),
+    ]
     return d.Sequence(steps)

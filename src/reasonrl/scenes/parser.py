@@ -70,13 +70,9 @@ def _windows() -> list[tuple[int, list[int], list[int], int]]:
     places = []
     for edge in _EDGES:
         for row, column in product(range(1, CELLS - edge + 2), repeat=2):
-            inside = [
-                r * _WIDTH + c for r in range(row, row + edge) for c in range(column, column + edge)
-            ]
+            inside = [r * _WIDTH + c for r in range(row, row + edge) for c in range(column, column + edge)]
             wider = {
-                r * _WIDTH + c
-                for r in range(row - 1, row + edge + 1)
-                for c in range(column - 1, column + edge + 1)
+                r * _WIDTH + c for r in range(row - 1, row + edge + 1) for c in range(column - 1, column + edge + 1)
             }
             places.append((inside[0], inside, sorted(wider - set(inside)), edge))
     return places

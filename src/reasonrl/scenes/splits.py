@@ -174,9 +174,7 @@ def _numeracy(rng: random.Random, split: str) -> Made | None:
     kinds = [_kind(rng, color=color), _kind(rng, color=color)]
     if kinds[0].shape == kinds[1].shape:
         return None
-    counted = [
-        Wanted(k.shape, k.color, None, n) for k, n in zip(kinds, (first, second), strict=True) if n
-    ]
+    counted = [Wanted(k.shape, k.color, None, n) for k, n in zip(kinds, (first, second), strict=True) if n]
     rng.shuffle(counted)
     return _say(rng, Request(tuple(counted)))
 

@@ -145,14 +145,11 @@ def _is_alone(chosen: int | None, objects: Sequence[Visible]) -> bool:
 def matches(wanted: Wanted, item: Visible) -> bool:
     """Returns whether an object is of the kind asked for."""
     return item.shape == wanted.shape and all(
-        asked is None or asked == given
-        for asked, given in ((wanted.color, item.color), (wanted.texture, item.texture))
+        asked is None or asked == given for asked, given in ((wanted.color, item.color), (wanted.texture, item.texture))
     )
 
 
-def _counts(
-    request: Request, chosen: Sequence[int | None], objects: Sequence[Visible]
-) -> tuple[bool, ...]:
+def _counts(request: Request, chosen: Sequence[int | None], objects: Sequence[Visible]) -> tuple[bool, ...]:
     used = {k for k in chosen if k is not None}
     spare = [item for k, item in enumerate(objects) if k not in used]
     found = [i for i, k in zip(request.instances, chosen, strict=True) if k is not None]
@@ -181,10 +178,7 @@ def _assign(request: Request, objects: Sequence[Visible]) -> tuple[int | None, .
     """
     kinds = [request.wanted[i] for i in request.instances]
     links = _single_links(request)
-    options = [
-        [k for k, item in enumerate(objects) if matches(kind, item)][:MOST_CANDIDATES]
-        for kind in kinds
-    ]
+    options = [[k for k, item in enumerate(objects) if matches(kind, item)][:MOST_CANDIDATES] for kind in kinds]
     best: tuple[int, tuple[int | None, ...]] = (-1, (None,) * len(kinds))
 
     def descend(chosen: tuple[int | None, ...], score: int) -> None:

@@ -14,12 +14,7 @@ JOINTS = ("and", "is", ",", ".", ":")
 def words() -> tuple[str, ...]:
     """Returns each lower-case word and punctuation mark of prompts and plans, in a fixed order."""
     relating = sorted(
-        {
-            word
-            for phrase, relation in PHRASES.items()
-            if relation in RELATIONS
-            for word in phrase.split()
-        }
+        {word for phrase, relation in PHRASES.items() if relation in RELATIONS for word in phrase.split()}
     )
     sentence = SENTENCE.lower().removesuffix(":").split()
     every = (

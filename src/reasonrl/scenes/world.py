@@ -113,9 +113,7 @@ class Scene:
     @objects.validator
     def _check_gaps(self, _: object, objects: tuple[SceneObject, ...]) -> None:
         close = [
-            f"{a.name} {a.box} and {b.name} {b.box}"
-            for a, b in combinations(objects, 2)
-            if not are_apart(a.box, b.box)
+            f"{a.name} {a.box} and {b.name} {b.box}" for a, b in combinations(objects, 2) if not are_apart(a.box, b.box)
         ]
         if close:
             raise DataError(f"objects must be {STEP} apart, too close: {'; '.join(close)}")
