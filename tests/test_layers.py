@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "reasonrl"
 ORDER = """
 errors
-types plan
+types plan relations
 interfaces
 kernels noise batch
 registry
@@ -21,7 +21,7 @@ scenes
 policies renderers judges objectives
 recipe
 credit weights rollout
-checkpoint distributed report journal progress
+checkpoint distributed curves report journal progress
 loop eval
 session
 doctor bench testing
@@ -30,7 +30,7 @@ cli
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 COMPONENTS = ("policies", "renderers", "judges", "objectives")
 SHARED = {
-    "policies": {"janus", "janus_sampler"},
+    "policies": {"growing_cache", "janus", "janus_sampler"},
     "judges": {"vlm", "grounding", "layout"},
 }
 """Files that the others in their folder may import."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reasonrl.plan
+import reasonrl.relations
 from reasonrl.errors import DataError
 from reasonrl.plan import (
     BOX_END,
@@ -17,18 +17,13 @@ from reasonrl.plan import (
     MAX_REPORTS,
     OBJ_END,
     OBJ_START,
-    PHRASES,
     Box,
     Plan,
     PlannedObject,
-    Relation,
-    find_relation,
-    holds,
-    match,
-    mean_iou,
     plain_name,
     print_object,
 )
+from reasonrl.relations import PHRASES, Relation, find_relation, holds, match, mean_iou
 
 COMPBENCH = Path(__file__).parents[2] / "shared" / "data" / "t2i-compbench"
 MARKERS = (OBJ_START, OBJ_END, BOX_START, BOX_END)
@@ -353,7 +348,7 @@ def test_every_phrase_is_found_whole_in_any_case_and_spacing(phrase, upper, spac
 
 
 def test_the_documented_examples_are_true():
-    assert doctest.testmod(reasonrl.plan) == (0, 1)
+    assert doctest.testmod(reasonrl.relations) == (0, 1)
 
 
 @given(text=st.text(), phrase=st.sampled_from(sorted(PHRASES)))

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonrl.errors import DataError
-from reasonrl.plan import Plan, Relation
+from reasonrl.plan import Plan
+from reasonrl.relations import Relation
 from reasonrl.scenes import codec, parser, splits, truth
 from reasonrl.scenes.compose import NO_FAULTS, Faults, demonstration, describe, place
 from reasonrl.scenes.grammar import Request, Wanted, parse_prompt

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonrl.errors import DataError
-from reasonrl.plan import PHRASES, Relation
+from reasonrl.relations import PHRASES, Relation
 from reasonrl.scenes.grammar import (
     RELATIONS,
     SPOKEN,

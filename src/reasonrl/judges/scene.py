@@ -9,7 +9,8 @@ from attrs import field, frozen, validators
 
 from reasonrl.errors import DataError
 from reasonrl.interfaces import PointwiseJudge
-from reasonrl.plan import Plan, PlannedObject, mean_iou
+from reasonrl.plan import Plan, PlannedObject
+from reasonrl.relations import mean_iou
 from reasonrl.scenes import detector, grammar, parser, truth
 from reasonrl.types import Score, Trajectory
 

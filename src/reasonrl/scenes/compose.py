@@ -11,7 +11,8 @@ from attrs import evolve, field, frozen, validators
 from numpy.typing import NDArray
 
 from reasonrl.errors import DataError
-from reasonrl.plan import BOX_END, BOX_START, OBJ_END, OBJ_START, Box, Relation, holds
+from reasonrl.plan import BOX_END, BOX_START, OBJ_END, OBJ_START, Box
+from reasonrl.relations import Relation, holds
 from reasonrl.scenes.codec import codebook, encode
 from reasonrl.scenes.grammar import RELATIONS, Link, Request, Wanted, parse_prompt
 from reasonrl.scenes.world import (

@@ -21,7 +21,7 @@ from typing import NoReturn
 from attrs import evolve, field, frozen
 
 from reasonrl.errors import DataError
-from reasonrl.plan import PHRASES, Relation
+from reasonrl.relations import PHRASES, Relation
 from reasonrl.scenes.world import COLORS, MOST_OBJECTS, SHAPES, TEXTURES, check_word
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")

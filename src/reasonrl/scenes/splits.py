@@ -20,7 +20,7 @@ from hashlib import blake2b
 from importlib.resources import files
 from itertools import combinations, count, islice
 
-from reasonrl.plan import PHRASES
+from reasonrl.relations import PHRASES
 from reasonrl.scenes.grammar import (
     CATEGORIES,
     RELATIONS,

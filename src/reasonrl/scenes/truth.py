@@ -10,7 +10,8 @@ from typing import Protocol
 
 from attrs import frozen
 
-from reasonrl.plan import Box, PlannedObject, holds
+from reasonrl.plan import Box, PlannedObject
+from reasonrl.relations import holds
 from reasonrl.scenes.grammar import ARTICLES, Link, Request, Wanted
 from reasonrl.scenes.world import COLORS, SHAPES, SOLID, TEXTURES
 

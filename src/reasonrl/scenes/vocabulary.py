@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reasonrl.plan import PHRASES
+from reasonrl.relations import PHRASES
 from reasonrl.scenes.grammar import ARTICLES, NUMBERS, PLURALS, RELATIONS
 from reasonrl.scenes.world import COLORS, SHAPES, TEXTURES
 
