@@ -26,7 +26,7 @@ class Toy(Trainable):
     """Names the stages it draws; these tests replay nothing."""
 
     module = None
-    offers = {}
+    offers = None
 
     def __init__(self, *stages, factorised=False):
         self._stages, self.factorised = stages, factorised
@@ -54,8 +54,8 @@ def row(prompt_id, *segments, trained=BOTH, advantages=None, groups=None):
     member = max((s.member for s in segments), key=len, default=())
     return Row(
         Trajectory(Prompt(prompt_id, "a red cup"), member, found),
-        advantages or dict.fromkeys(found, 1.0),
-        groups or dict.fromkeys(found, 0),
+        {name: (advantages or {}).get(name, 1.0) for name in found},
+        {name: (groups or {}).get(name, 0) for name in found},
         frozenset(trained) & found.keys(),
     )
 
@@ -323,12 +323,12 @@ def test_an_idle_rank_shows_its_stages_though_its_first_row_lacks_them():
 # ---- Whole groups ----------------------------------------------------------------------------
 
 
-def group_rows(sizes, **absent):
+def group_rows(sizes, *, without_image=()):
     return [
         row(
             str(p),
             segment("reasoning", (g,), [1, 1]),
-            *([] if (p, g) in absent.get("image", ()) else [segment("image", (g,), [1])]),
+            *([] if (p, g) in without_image else [segment("image", (g,), [1])]),
             groups={"reasoning": p, "image": p},
         )
         for p, size in enumerate(sizes)
@@ -361,7 +361,7 @@ def test_a_group_is_split_where_nothing_couples_it():
 
 
 def test_a_group_stays_whole_though_some_of_its_images_are_missing():
-    rows = group_rows([2, 2], image=[(0, 0), (1, 0)])
+    rows = group_rows([2, 2], without_image=[(0, 0), (1, 0)])
     rows = [rows[0], rows[2], rows[1], rows[3]]
     found = run(rows, Toy(*BOTH), num_rows=2, whole_groups=True)
     assert passes_of_group(found) == {0: 1, 1: 1}
@@ -415,12 +415,7 @@ def test_joined_stages_stand_side_by_side(rows):
 def test_a_row_without_its_last_stage_keeps_its_advantage_and_group_when_joined():
     rows = [
         row("a", segment("reasoning", (0,), [1]), segment("image", (0,), [1])),
-        row(
-            "a",
-            segment("reasoning", (1,), [1]),
-            advantages={"reasoning": -1.0},
-            groups={"reasoning": 0},
-        ),
+        row("a", segment("reasoning", (1,), [1]), advantages={"reasoning": -1.0}),
     ]
     joined = join_stages(collate(rows, BOTH), BOTH)
     assert joined.advantages.tolist() == [1.0, -1.0]
