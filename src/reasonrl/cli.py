@@ -242,16 +242,16 @@ def save_sample(trajectory: Trajectory, path: Path) -> None:
 
 def print_accuracy(directory: Path) -> None:
     """Prints exact accuracy by split, before and after, with 95% bootstrap intervals."""
-    from reasonrl.report import accuracy, read_run
+    from reasonrl.report import accuracy, ends, read_run
 
     rows = [row for row in accuracy(read_run(directory).evaluations) if row.category == "all"]
     if not rows:
         return
-    steps = sorted({row.step for row in rows})
-    table = Table("split", *(f"step {s}: exact [95% interval]" for s in (steps[0], steps[-1])), box=None)
+    steps = ends({row.step for row in rows})
+    table = Table("split", *(f"step {s}: exact [95% interval]" for s in steps), box=None)
     for split in dict.fromkeys(row.split for row in rows):
         found = {row.step: row for row in rows if row.split == split}
-        table.add_row(split, *(_interval(found.get(s)) for s in (steps[0], steps[-1])))
+        table.add_row(split, *(_interval(found.get(s)) for s in steps))
     out.print(table)
 
 

@@ -116,18 +116,14 @@ def planned_boxes_over(image: Image.Image, plan: Plan | None, *, scale: int = 4)
         if item.box is None:
             continue
         color = LINE_COLORS[index % len(LINE_COLORS)]
-        box = item.box
-        corners = (
-            box.x0 * width / 1000,
-            box.y0 * height / 1000,
-            box.x1 * width / 1000 - 1,
-            box.y1 * height / 1000 - 1,
-        )
-        pen.rectangle(corners, outline=color, width=2)
-        _, _, right, bottom = pen.textbbox((0, 0), item.name[:24], font=font)
-        x = min(max(corners[0], 0), max(width - right - 4, 0))
-        y = min(max(corners[1] - bottom - 3, 0), height - bottom - 3)
-        pen.rectangle((x, y, x + right + 3, y + bottom + 3), fill=color)
+        # A model may plan a box thinner than a pixel, or with its corners swapped.
+        left, right = sorted((item.box.x0 * width / 1000, item.box.x1 * width / 1000 - 1))
+        top, bottom = sorted((item.box.y0 * height / 1000, item.box.y1 * height / 1000 - 1))
+        pen.rectangle((left, top, right, bottom), outline=color, width=2)
+        _, _, text_width, text_height = pen.textbbox((0, 0), item.name[:24], font=font)
+        x = min(max(left, 0), max(width - text_width - 4, 0))
+        y = min(max(top - text_height - 3, 0), height - text_height - 3)
+        pen.rectangle((x, y, x + text_width + 3, y + text_height + 3), fill=color)
         pen.text((x + 2, y + 1), item.name[:24], fill="white", font=font)
     return big
 
@@ -173,24 +169,21 @@ def _headline(run: Run) -> str:
     rows = [row for row in accuracy(run.evaluations) if row.category == "all" and row.mean is not None]
     if not rows:
         return ""
-    steps = sorted({row.step for row in rows})
-    first, last = steps[0], steps[-1]
+    shown = ends({row.step for row in rows})
     series = [
-        (
-            split,
-            [(r.step == last, r.mean, r.low, r.high) for r in rows if r.split == split and r.step in (first, last)],
-        )
+        (split, [(r.step > 0, r.mean, r.low, r.high) for r in rows if r.split == split and r.step in shown])
         for split in dict.fromkeys(row.split for row in rows)
     ]
-    return f"<h2>Exact accuracy, step {first} and step {last}</h2>{whiskers(series)}<p>Dots are means over prompts, lines 95% bootstrap intervals; hollow = before.</p>"
+    title = f"Exact accuracy, {' and '.join(f'step {step}' for step in shown)}"
+    legend = "Dots are means over prompts, lines 95% bootstrap intervals; hollow = before training."
+    return f"<h2>{title}</h2>{whiskers(series)}<p>{legend}</p>"
 
 
 def _table(run: Run) -> str:
     rows = accuracy(run.evaluations)
     if not rows:
         return ""
-    steps = sorted({row.step for row in rows})
-    shown = steps if len(steps) < 3 else [steps[0], steps[-1]]
+    shown = ends({row.step for row in rows})
     keys = dict.fromkeys((row.split, row.category) for row in rows)
     found = {(row.split, row.category, row.step): row for row in rows}
     head = "".join(f"<th>step {step}</th>" for step in shown)
@@ -220,7 +213,7 @@ def _curves(run: Run) -> str:
 
 
 def _pairs(run: Run) -> str:
-    steps = sorted({int(line["step"]) for line in run.evaluations})
+    steps = ends({int(line["step"]) for line in run.evaluations})
     if not steps:
         return ""
     by_prompt: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -229,7 +222,7 @@ def _pairs(run: Run) -> str:
     chosen = _spread(list(by_prompt.values()), NUM_PAIRS)
     cards = "".join(
         f"<section><h3>{escape(str(next(iter(found.values()))['prompt']))}</h3><div class=pair>"
-        + "".join(_card(run, found[step], f"step {step}") for step in (steps[0], steps[-1]) if step in found)
+        + "".join(_card(run, found[step], f"step {step}") for step in ends(steps) if step in found)
         + "</div></section>"
         for found in chosen
     )
@@ -302,6 +295,12 @@ def _spread(items: Sequence[dict[int, dict[str, Any]]], number: int) -> list[dic
         pile[i] for i in range(max(map(len, piles.values()), default=0)) for pile in piles.values() if i < len(pile)
     ]
     return turns[:number]
+
+
+def ends(steps: Iterable[int]) -> list[int]:
+    """Returns the first and the last step, or the only one."""
+    ordered = sorted(steps)
+    return ordered if len(ordered) < 3 else [ordered[0], ordered[-1]]
 
 
 def _score(value: Any) -> str:
