@@ -15,7 +15,7 @@ errors
 types plan relations
 interfaces
 kernels noise batch
-registry
+registry fields
 hooks config data
 scenes
 policies renderers judges objectives

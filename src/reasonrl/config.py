@@ -21,6 +21,7 @@ import attrs
 
 from reasonrl import registry
 from reasonrl.errors import ConfigError
+from reasonrl.fields import MisfitError, fields_of, fit, hint_of, item_hint, key_of, spelt, value_hint
 from reasonrl.registry import described, did_you_mean
 from reasonrl.types import Prompt
 
@@ -67,15 +68,15 @@ def _changed(value: Any, hint: Any, steps: Sequence[str], text: str, *, where: s
     step, *rest = steps
     if attrs.has(type(value)):
         attribute = _attribute(value, step, where=where)
-        inner = _hint(type(value), attribute)
+        inner = hint_of(type(value), attribute)
         if not rest and attribute.converter is not None:
             inner = inner | str if isinstance(inner, type) else _ANY  # the converter decides
         new = _changed(getattr(value, attribute.name), inner, rest, text, where=where)
-        return _built(lambda: attrs.evolve(value, **{_key(attribute): new}), where=where)
+        return _built(lambda: attrs.evolve(value, **{key_of(attribute): new}), where=where)
     if isinstance(value, tuple | list):
         index = _index(value, step, where=where)
         items = list(value)
-        items[index] = _changed(items[index], _item_hint(hint, index), rest, text, where=where)
+        items[index] = _changed(items[index], item_hint(hint, index), rest, text, where=where)
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
         keys = {_joined(key): key for key in value}
@@ -83,19 +84,19 @@ def _changed(value: Any, hint: Any, steps: Sequence[str], text: str, *, where: s
             known = ", ".join(keys) or "none"
             raise ConfigError(f"{where}: no key {step!r}.{did_you_mean(step, keys)} Keys: {known}")
         key = keys[step]
-        return {**value, key: _changed(value[key], _value_hint(hint), rest, text, where=where)}
+        return {**value, key: _changed(value[key], value_hint(hint), rest, text, where=where)}
     raise ConfigError(f"{where}: {described(value)} has no fields, so no {step!r}")
 
 
 def _attribute(value: Any, name: str, *, where: str) -> attrs.Attribute[Any]:
-    fields = _fields(type(value))
+    fields = fields_of(type(value))
     if name not in fields:
         raise ConfigError(f"{where}: {_no_field(type(value), name)}")
     return fields[name]
 
 
 def _no_field(cls: type, name: str) -> str:
-    fields = _fields(cls)
+    fields = fields_of(cls)
     hint = did_you_mean(name, fields)
     return f"{cls.__name__} has no field {name!r}.{hint} Fields: {', '.join(fields) or 'none'}"
 
@@ -113,11 +114,11 @@ def _parsed(text: str, hint: Any, *, where: str) -> Any:
         candidates.insert(0, None)
     for candidate in candidates:
         try:
-            return _fit(candidate, hint)
-        except _MisfitError:
+            return fit(candidate, hint)
+        except MisfitError:
             continue
     literal = next(iter(_literal(text)), text)
-    raise ConfigError(f"{where}: expected {_spelt(hint)}, got {described(literal)}")
+    raise ConfigError(f"{where}: expected {spelt(hint)}, got {described(literal)}")
 
 
 def _literal(text: str) -> list[Any]:
@@ -135,154 +136,6 @@ def _built(build: Callable[[], Any], *, where: str) -> Any:
         # attrs' validators put the sentence first, then the attribute and the value.
         sentence = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
         raise ConfigError(f"{where}: {' '.join(sentence.split())}") from error
-
-
-# ---- fields and their types ----
-
-
-def _fields(cls: type) -> dict[str, attrs.Attribute[Any]]:
-    """Returns what the constructor takes by name; private fields are no settings."""
-    return {
-        _key(attribute): attribute
-        for attribute in attrs.fields(cls)
-        if attribute.init and not attribute.name.startswith("_")
-    }
-
-
-def _key(attribute: attrs.Attribute[Any]) -> str:
-    return attribute.alias or attribute.name
-
-
-def _hint(cls: type, attribute: attrs.Attribute[Any]) -> Any:
-    """Returns a field's type, resolved alone: names imported for type checkers only become Any."""
-    home = next(
-        (k for k in cls.__mro__ if attrs.has(k) and _declares(k, attribute.name)),
-        cls,
-    )
-    lone = type("lone", (), {"__module__": home.__module__})
-    lone.__annotations__ = {"field": _ANY if attribute.type is None else attribute.type}
-    try:
-        return typing.get_type_hints(lone)["field"]
-    except (NameError, AttributeError, TypeError, SyntaxError):
-        return _ANY
-
-
-def _declares(cls: type, name: str) -> bool:
-    attribute = getattr(attrs.fields(cls), name, None)
-    return attribute is not None and not attribute.inherited
-
-
-def _item_hint(hint: Any, index: int) -> Any:
-    options = typing.get_args(hint)
-    for option in options if _is_union(hint) else (hint,):
-        inner = typing.get_args(option)
-        origin = typing.get_origin(option)
-        if origin is tuple and inner:
-            return inner[0] if inner[-1] is Ellipsis else inner[index : index + 1][0]
-        if inner and isinstance(origin, type) and issubclass(origin, Sequence):
-            return inner[0]
-    return _ANY
-
-
-def _value_hint(hint: Any) -> Any:
-    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
-        origin, inner = typing.get_origin(option), typing.get_args(option)
-        if isinstance(origin, type) and issubclass(origin, Mapping) and len(inner) == 2:
-            return inner[1]
-    return _ANY
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-class _MisfitError(Exception):
-    """The value is not of the type."""
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """Returns the value as the type wants it (1 -> 1.0, "a" -> Path("a")); raises _MisfitError."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if _is_union(hint):
-        return _fit_any(value, inner)
-    if origin is typing.Literal:
-        return _if(any(value == one and type(value) is type(one) for one in inner), value)
-    if isinstance(origin, type):
-        return _fit_container(value, origin, inner)
-    if hint is None or hint is type(None):
-        return _if(value is None, value)
-    if not isinstance(hint, type):
-        return value  # Any, a type variable, something newer: the validators decide
-    return _fit_class(value, hint)
-
-
-def _fit_any(value: Any, options: Sequence[Any]) -> Any:
-    exact = [o for o in options if isinstance(o, type) and type(value) is o]
-    for option in (*exact, *options):
-        try:
-            return _fit(value, option)
-        except _MisfitError:
-            continue
-    raise _MisfitError
-
-
-def _fit_class(value: Any, cls: type) -> Any:
-    if cls is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(_if(number and math.isfinite(value), value))
-    if cls is int:
-        return _if(isinstance(value, int) and not isinstance(value, bool), value)
-    if issubclass(cls, enum.Enum) and not isinstance(value, cls):
-        return cls(_if(value in [member.value for member in cls], value))
-    if issubclass(Path, cls) and cls is not object and isinstance(value, str):
-        return Path(value)
-    if cls in (tuple, list, frozenset, set, dict):
-        return _fit_container(value, cls, ())
-    try:
-        return _if(isinstance(value, cls), value)
-    except TypeError:  # a protocol that cannot be asked
-        return value
-
-
-def _fit_container(value: Any, origin: type, inner: Sequence[Any]) -> Any:
-    if issubclass(origin, Mapping):
-        key, item = inner if len(inner) == 2 else (_ANY, _ANY)
-        _if(isinstance(value, Mapping), value)
-        return {_fit(k, key): _fit(v, item) for k, v in value.items()}
-    if issubclass(origin, Set):
-        _if(isinstance(value, tuple | list | Set), value)
-        members = [_fit(v, inner[0] if inner else _ANY) for v in value]
-        return set(members) if origin is set else frozenset(members)
-    if issubclass(origin, Sequence):
-        _if(isinstance(value, tuple | list), value)
-        fixed = origin is tuple and inner and inner[-1] is not Ellipsis
-        hints = inner if fixed else (inner[0] if inner else _ANY,) * len(value)
-        _if(len(hints) == len(value), value)
-        items = [_fit(v, hint) for v, hint in zip(value, hints, strict=True)]
-        return items if origin is list else tuple(items)
-    return _if(isinstance(value, origin), value)
-
-
-def _if(fits: bool, value: Any) -> Any:
-    if not fits:
-        raise _MisfitError
-    return value
-
-
-def _spelt(hint: Any) -> str:
-    if _is_union(hint):
-        return " or ".join(dict.fromkeys(map(_spelt, typing.get_args(hint))))
-    if typing.get_origin(hint) is typing.Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    if hint is type(None):
-        return "None"
-    if hint is bool:
-        return "bool (True or False)"
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return f"one of {', '.join(repr(member.value) for member in hint)}"
-    if isinstance(hint, type) and not typing.get_args(hint):
-        return hint.__name__
-    return re.sub(r"\b(\w+\.)+", "", str(hint))
 
 
 # ---- records ----
@@ -330,7 +183,7 @@ def _recorded_object(value: Any, names: dict[type, str], *, path: str) -> Any:
         named = stateless and _name(cls, names) != home
         return {"use": _name(cls, names)} if named else {"object": home}
     record = {"use": _name(cls, names)}
-    for key, attribute in _fields(cls).items():
+    for key, attribute in fields_of(cls).items():
         found = getattr(value, attribute.name)
         if not _is_default(value, attribute, found):
             record[key] = _recorded(found, names, path=f"{path}.{key}")
@@ -406,13 +259,13 @@ def _restored_component(record: Mapping[str, Any], roots: Mapping[str, type], *,
     name = str(record["use"])
     cls = roots[name] if name in roots else _registered(name, roots, path=path)
     given = {key: item for key, item in record.items() if key != "use"}
-    fields = _fields(cls) if attrs.has(cls) else {}
+    fields = fields_of(cls) if attrs.has(cls) else {}
     unknown = [key for key in given if key not in fields]
     if unknown:
         problems = [f"no field {key!r}.{did_you_mean(key, fields)}" for key in unknown]
         raise ConfigError(f"{path}: {name} has {' and '.join(problems)} Fields: {', '.join(fields) or 'none'}")
     values = {k: _restored(item, roots, path=f"{path}.{k}") for k, item in given.items()}
-    shaped = {key: _shaped(item, _hint(cls, fields[key])) for key, item in values.items()}
+    shaped = {key: _shaped(item, hint_of(cls, fields[key])) for key, item in values.items()}
     return _built(lambda: cls(**shaped), where=path)
 
 
@@ -433,8 +286,8 @@ def _registered(name: str, roots: Mapping[str, type], *, path: str) -> type:
 def _shaped(value: Any, hint: Any) -> Any:
     # What does not fit is left to the validators: a recipe that Python accepted must load again.
     try:
-        return _fit(value, hint)
-    except _MisfitError:
+        return fit(value, hint)
+    except MisfitError:
         return value
 
 
