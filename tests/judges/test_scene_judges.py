@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from reasonrl import ConfigError, Prompt, Trajectory
 from reasonrl.judges import (
@@ -64,6 +65,14 @@ def test_no_plan_is_the_policys_fault_and_no_image_leaves_a_judge_silent():
     assert (semantic, spatial) == (0.0, 0.0)
     assert grounding is None
     assert image is None
+
+
+@pytest.mark.parametrize("judge", [SceneReasoningImage(), ScenePromptImage(), ScenePromptImage("soft")])
+def test_an_image_of_another_size_leaves_a_judge_of_images_silent(judge):
+    good = shown("a red circle")
+    (verdict,) = judge.judge([Trajectory(good.prompt, texts=good.texts, images={"image": Image.new("RGB", (32, 48))})])
+    assert verdict.total() is None
+    assert next(iter(verdict.scores.values())).note == "not a drawn scene: expected 64x64 pixels, got 32x48"
 
 
 def test_a_prompt_that_is_no_scene_leaves_every_judge_silent():

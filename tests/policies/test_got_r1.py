@@ -6,7 +6,7 @@ import pytest
 import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, JanusForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, JanusForConditionalGeneration
 
 from reasonrl import CheckpointError, ConfigError, DataError, Draw, Prompt, Trajectory
 from reasonrl.batch import Row, collate
@@ -101,12 +101,13 @@ def test_greedy_image_tokens_equal_those_of_transformers_own_generate():
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_mode="image",
-        do_sample=False,
-        guidance_scale=5.0,
-        use_cache=True,
-        pad_token_id=special.pad,
-        bos_token_id=special.begin_text,
-        generation_kwargs={"boi_token_id": special.begin_image},
+        generation_config=GenerationConfig(
+            do_sample=False,
+            guidance_scale=5.0,
+            pad_token_id=special.pad,
+            bos_token_id=special.begin_text,
+            generation_kwargs={"boi_token_id": special.begin_image},
+        ),
     )
     assert torch.equal(drawn.segments["image"].actions, expected[0])
 

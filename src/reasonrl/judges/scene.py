@@ -6,12 +6,13 @@ from functools import lru_cache
 from typing import Literal, final
 
 from attrs import field, frozen, validators
+from PIL import Image
 
 from reasonrl.errors import DataError
 from reasonrl.interfaces import PointwiseJudge
 from reasonrl.plan import Plan, PlannedObject
 from reasonrl.relations import mean_iou
-from reasonrl.scenes import detector, grammar, parser, truth
+from reasonrl.scenes import detector, grammar, parser, truth, world
 from reasonrl.types import Score, Trajectory
 
 SPATIAL_FLOOR = 0.1
@@ -30,6 +31,17 @@ def _asked(trajectory: Trajectory) -> grammar.Request | Score:
     """The prompt's request, or an abstention: a prompt that is no scene is not the policy's fault."""
     found = _request(trajectory.prompt.text)
     return Score(None, f"not a scene prompt: {found}") if isinstance(found, str) else found
+
+
+def _image(trajectory: Trajectory) -> Image.Image | Score:
+    """The image, or an abstention where it cannot be a drawn scene: the renderer's choice, not the policy's fault."""
+    image = trajectory.image
+    assert image is not None
+    if image.size == (world.SIDE, world.SIDE):
+        return image
+    return Score(
+        None, f"not a drawn scene: expected {world.SIDE}x{world.SIDE} pixels, got {image.width}x{image.height}"
+    )
 
 
 def _plan(trajectory: Trajectory) -> Plan:
@@ -87,8 +99,10 @@ class SceneReasoningImage(PointwiseJudge):
 
     def score(self, trajectory: Trajectory) -> Score:
         """Returns mean IoU over the planned objects."""
-        assert trajectory.image is not None
-        found = [PlannedObject(o.name, o.box) for o in parser.read_image(trajectory.image).objects]
+        image = _image(trajectory)
+        if isinstance(image, Score):
+            return image
+        found = [PlannedObject(o.name, o.box) for o in parser.read_image(image).objects]
         return Score(mean_iou(_plan(trajectory).objects, found))
 
 
@@ -110,10 +124,10 @@ class ScenePromptImage(PointwiseJudge):
 
     def score(self, trajectory: Trajectory) -> Score:
         """Returns the mean over the request's atoms."""
-        request = _asked(trajectory)
+        request, image = _asked(trajectory), _image(trajectory)
         if isinstance(request, Score):
             return request
-        assert trajectory.image is not None
-        if self.eyes == "soft":
-            return Score(truth.fraction(request, detector.read_image(trajectory.image)))
-        return Score(truth.fraction(request, parser.read_image(trajectory.image)))
+        if isinstance(image, Score):
+            return image
+        look = detector.read_image if self.eyes == "soft" else parser.read_image
+        return Score(truth.fraction(request, look(image)))
