@@ -1,8 +1,8 @@
 """Makes the packaged nano checkpoint: supervised on demonstrations of the drawn world by an imperfect teacher.
 
-    python examples/nano_sft.py --out half --steps 2000
-    python examples/nano_sft.py --out src/reasonrl/scenes/nano --start half --steps 1500 \\
-        --learning-rate 1e-3 --seed 1 --noise 0.01
+    python examples/nano_sft.py --out first --steps 2000
+    python examples/nano_sft.py --out second --start first --steps 1500 --learning-rate 1e-3 --seed 1 --noise 0.01
+    python examples/nano_sft.py --out src/reasonrl/scenes/nano --start second --steps 1500 --learning-rate 1e-3 --seed 2
 
 The teacher draws the wrong relation in 30% of relations, the wrong attribute in 15% of prompts, the wrong number in
 25% of counts, and some of its image tokens are random: the model learns to plan and draw, and leaves room for RL.
