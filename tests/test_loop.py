@@ -154,7 +154,7 @@ def recipe(**changes):
 
 def run(recipe, *, learner=None, experience=None):
     """Trains, and returns the facts of each event by its name."""
-    events = {"rollout_end": [], "update_end": [], "step_end": []}
+    events = {"rollout_end": [], "backward_end": [], "update_end": [], "step_end": []}
     train(
         recipe,
         experience or rollouts(recipe, recipe.prompts),
@@ -408,7 +408,7 @@ def test_a_copy_without_decay_follows_each_step():
         learner=learner,
         observe=lambda event, **_: follows.append((event, all(map(torch.equal, weights.copies["old"], weights.live)))),
     )
-    step = [("rollout_end", True), ("update_end", False), ("step_end", True)]
+    step = [("rollout_end", True), ("backward_end", True), ("update_end", False), ("step_end", True)]
     assert follows == step * 2
 
 

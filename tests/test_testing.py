@@ -164,7 +164,7 @@ class Lazy(PointwiseJudge):
     ("judge", "message"),
     [
         (TooFew(), "returned 1 verdicts for 2 trajectories"),
-        (NotAVerdict(), "returned 1.0 for plan, no Verdict"),
+        (NotAVerdict(), "returned float where verdicts belong"),
         (NotFinite(), "returned [nan, nan] for plan: a value is a finite float or None"),
         (NotAFloat(), "a value is a finite float or None"),
         (OtherTerms(), "gave different (stage, term, weight): [('*', 'a', 1.0)]"),

@@ -120,7 +120,12 @@ def passes(
         yield 1.0, batch
     for _ in range(num_passes(len(batches)) - len(batches)):
         # Every rank runs the same number of passes; a pass evaluates at least one action.
-        yield 0.0, batches[0] if batches else collate(list(rows)[:1], stages, device=device)
+        yield 0.0, batches[0] if batches else collate(_shown(rows, stages), stages, device=device)
+
+
+def _shown(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:
+    """Returns one row with as many of the stages as any row has: an idle rank's pass touches the same weights."""
+    return [max(rows, key=lambda row: sum(s in row.trajectory.segments for s in stages))] if rows else []
 
 
 def _unique(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:
@@ -143,16 +148,32 @@ def _chunks(rows: list[Row], num_rows: int | None, whole_by: Sequence[str] | Non
     if whole_by is None:
         yield from (rows[i : i + size] for i in range(0, len(rows), size))
         return
-    groups: dict[object, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.groups.get(s) for s in whole_by), []).append(row)
     chunk: list[Row] = []
-    for group in groups.values():
+    for group in _coupled(rows, whole_by):
         if chunk and len(chunk) + len(group) > size:
             yield chunk
             chunk = []
         chunk = chunk + group
     yield chunk
+
+
+def _coupled(rows: Sequence[Row], stages: Sequence[str]) -> list[list[Row]]:
+    """Returns the rows that share a group on some stage, directly or through others, together."""
+    clusters: list[list[Row]] = []
+    home: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        labels = [(s, row.groups[s]) for s in stages if s in row.groups]
+        known = list({id(home[label]): home[label] for label in labels if label in home}.values())
+        cluster = known[0] if known else []
+        if not known:
+            clusters.append(cluster)
+        for other in known[1:]:
+            cluster += other
+            clusters = [c for c in clusters if c is not other]
+            home = {label: cluster if c is other else c for label, c in home.items()}
+        cluster.append(row)
+        home |= dict.fromkeys(labels, cluster)
+    return clusters
 
 
 def _windows(batch: Batch, num_actions: int | None) -> Iterator[Batch]:
@@ -177,9 +198,16 @@ def join_stages(batch: Batch, claim: Claim) -> Stage:
     if len(parts) == 1:
         return parts[0]
     log_probs = [part.log_probs for part in parts]
+    # Each row speaks with its last stage: a plan without an image still has its advantage.
+    last = [
+        max((k for k, p in enumerate(parts) if p.present[row].any()), default=0) for row in range(len(parts[0].keys))
+    ]
     return evolve(
         parts[-1],
         name="+".join(claim),
+        keys=tuple(parts[k].keys[row] for row, k in enumerate(last)),
+        advantages=torch.stack([parts[k].advantages[row] for row, k in enumerate(last)]),
+        groups=torch.stack([parts[k].groups[row] for row, k in enumerate(last)]),
         actions=torch.cat([p.actions for p in parts], 1)
         if len({p.actions.ndim for p in parts}) == 1
         else parts[-1].actions,

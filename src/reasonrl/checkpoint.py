@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,12 @@ def save(
 
 def saved(directory: Path) -> list[Path]:
     """Returns the complete checkpoints of a folder, oldest first."""
-    return sorted(p for p in directory.glob("step-*") if (p / "state.json").is_file())
+    found = [p for p in directory.glob("step-*") if _number(p).isdecimal() and (p / "state.json").is_file()]
+    return sorted(found, key=lambda path: int(_number(path)))
+
+
+def _number(folder: Path) -> str:
+    return folder.name.removeprefix("step-")
 
 
 def restore(folder: Path, *, weights: Mapping[Trainable, Weights], optimizer: torch.optim.Optimizer) -> int:
@@ -73,10 +78,14 @@ def restore(folder: Path, *, weights: Mapping[Trainable, Weights], optimizer: to
             f"{folder} does not fit this recipe: {len(wrong)} weights differ in name or shape, first {wrong[0]};"
             " resume with the recipe it was made with"
         )
+    moments = _moments(optimizer, tensors, folder)
     with torch.no_grad():
         for name in fixed:
             expected[name].copy_(tensors[name])
-    _restore_optimizer(optimizer, tensors)
+    optimizer.state.clear()
+    for parameter, slot, value in moments:
+        # AdamW keeps its step count on the CPU in float32, its moments beside the parameter.
+        optimizer.state[parameter][slot] = value.clone() if slot == "step" else value.to(parameter.device)
     return int(state["step"])
 
 
@@ -99,7 +108,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{folder}/state.json has format {found!r}, this version reads {FORMAT}")
-    return state
+    if type(state.get("step")) is not int:
+        raise CheckpointError(
+            f"{folder}/state.json has step {state.get('step')!r}, a number of finished steps expected"
+        )
+    return dict(state)
 
 
 @contextmanager
@@ -153,15 +166,24 @@ def _tensors(weights: Mapping[Trainable, Weights], optimizer: torch.optim.Optimi
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _moments(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], folder: Path
+) -> list[tuple[Tensor, str, Tensor]]:
+    """Returns (parameter, slot, value) of what the optimizer remembers; CheckpointError where it does not fit."""
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    optimizer.state.clear()
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, place, slot = name.split(".", 2)
-            parameter = parameters[int(place)]
-            # AdamW keeps its step count on the CPU in float32, its moments beside the parameter.
-            optimizer.state[parameter][slot] = value.clone() if slot == "step" else value.to(parameter.device)
+    out = []
+    for name in sorted(k for k in tensors if k.startswith("optimizer.")):
+        _, place, slot = name.split(".", 2)
+        parameter = parameters[int(place)] if place.isdecimal() and int(place) < len(parameters) else None
+        expected = torch.Size([]) if slot == "step" else None if parameter is None else parameter.shape
+        if parameter is None or tensors[name].shape != expected:
+            raise CheckpointError(
+                f"{folder} does not fit this recipe: {name} has shape {tuple(tensors[name].shape)},"
+                f" expected {'no such parameter' if expected is None else tuple(expected)};"
+                " resume with the recipe it was made with"
+            )
+        out.append((parameter, slot, tensors[name]))
+    return out
 
 
 def _fill(trainable: Trainable, values: Mapping[str, Tensor], folder: Path) -> None:
@@ -182,14 +204,3 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no checkpoint at {path.parent}: {path.name} is missing") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): it is truncated or no safetensors file") from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, then puts it in place."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error

@@ -107,10 +107,12 @@ def plugins(
     kind: Annotated[str | None, typer.Argument(help="policies, renderers, judges, objectives, ...")] = None,
 ) -> None:
     """List every installed component with its package and version."""
-    table = Table("component", "package", "version", "defined in", box=None)
-    for found in registry.components(kind):
-        table.add_row(f"{found.kind}/{found.name}", found.distribution, found.version, found.value)
-    out.print(table)
+    rows = [("component", "package", "version", "defined in")]
+    rows += [(f"{c.kind}/{c.name}", c.distribution, c.version, c.value) for c in registry.components(kind)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # whole names a line each, however narrow the terminal: people copy and grep them
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        out.print(line.rstrip(), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -196,8 +198,8 @@ def imported(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except ReasonRLError:
         raise
-    except Exception as error:
-        raise ConfigError(f"{path} failed to run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{path} failed to run: {registry.one_line(error)}") from error
     return module
 
 
@@ -268,7 +270,7 @@ def main() -> None:
         app()
     except ReasonRLError as error:
         notes = " ".join(getattr(error, "__notes__", []))
-        line = f"{type(error).__name__}: {error} {notes}".strip()
+        line = " ".join(f"{type(error).__name__}: {error} {notes}".split())
         Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -100,8 +100,8 @@ def _draws(claim: Claim, trajectories: Sequence[Trajectory], verdicts: Sequence[
 
 def _said(verdict: Verdict, claim: Claim) -> tuple[Term, ...] | None:
     said = [terms for stage in claim if (terms := verdict.on(stage)) is not None]
-    unique = list(dict.fromkeys(said))  # a term on EVERY is one term, not one a stage
-    return tuple(term for terms in unique for term in terms) if said else None
+    # A term on EVERY is one term, not one a stage: the stages show the same object.
+    return tuple({id(term): term for terms in said for term in terms}.values()) if said else None
 
 
 def _mean(leaves: Sequence[tuple[Term, ...] | None]) -> tuple[Term, ...] | None:
@@ -127,7 +127,7 @@ def to_rewards(draws: Sequence[_Draw], groups: Sequence[int]) -> Rewards:
     """Returns the (K, M) rewards of M draws; a draw nobody spoke of is unscored in every term."""
     said = [draw.terms for draw in draws if draw.terms is not None]
     _same_terms(said or [()])
-    terms = said[0] if said else ()
+    terms = said[0] if said else (Term("silence", None),)  # nobody spoke: unscored, not complete for want of terms
     nobody = tuple(Term(term.name, None, term.weight) for term in terms)
     table = [draw.terms if draw.terms is not None else nobody for draw in draws]
     values = [[row[k].value for row in table] for k in range(len(terms))]

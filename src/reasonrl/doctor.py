@@ -38,11 +38,11 @@ def examine(recipe: Recipe) -> list[Finding]:
     if recipe.judge is None:
         return found
     verdicts = Guarded(recipe.judge, recipe.judge_timeout_s).judge([t.shown() for t in drawn])
-    blind = unscored(verdicts, recipe.stages)
+    blind = unscored(verdicts, recipe.trained)
     share = sum(blind) / len(blind)
     found.append(Finding(share <= recipe.max_unscored, f"{share:.0%} of trajectories unscored"))
     rows = credit(drawn, verdicts, recipe, gather=Solo().gather)
-    for stage in [s for claim in recipe.claims for s in claim]:
+    for stage in recipe.trained:
         live = {row.groups[stage] for row in rows if row.advantages.get(stage)}
         number = len({row.groups[stage] for row in rows if stage in row.groups})
         found.append(
@@ -67,6 +67,9 @@ def _ratio(trainable: Trainable, drawn: list[Trajectory]) -> list[Finding]:
         assert replay.log_probs is not None
         assert stage.log_probs is not None
         gap = (replay.log_probs - stage.log_probs)[stage.mask].abs()
+        if not len(gap):
+            out.append(Finding(False, f"stage {name}: replayed no action, all {int(stage.present.sum())} were forced"))
+            continue
         out.append(
             Finding(
                 float(gap.max()) <= RATIO_TOLERANCE,

@@ -27,8 +27,8 @@ class Journal:
         """Appends one step to metrics.jsonl."""
         self._append("metrics.jsonl", [line])
 
-    def samples(self, step: int, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict]) -> None:
-        """Appends judged trajectories to samples.jsonl, with their pictures beside it."""
+    def samples(self, step: int, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], stage: str) -> None:
+        """Appends judged trajectories to samples.jsonl, with their reward at a stage, and pictures beside it."""
         lines = []
         for index, (trajectory, verdict) in enumerate(zip(trajectories, verdicts, strict=True)):
             name = f"samples/step-{step:06d}-{index:02d}.png"
@@ -40,7 +40,7 @@ class Journal:
                     "member": list(trajectory.member),
                     "reasoning": trajectory.reasoning,
                     "image": self._picture(trajectory, name),
-                    "reward": _last_total(trajectory, verdict),
+                    "reward": verdict.total(stage),
                     "scores": {k: s.value for k, s in verdict.scores.items()},
                     "notes": {k: s.note for k, s in verdict.scores.items() if s.note},
                 }
@@ -100,15 +100,16 @@ def summary(
     trajectories: Sequence[Trajectory],
     verdicts: Sequence[Verdict],
     stages: Sequence[str],
+    trained: Sequence[str],
 ) -> dict[str, float | None]:
-    """Returns the rollout's metrics: rewards by stage, raw scores, unscored, lengths, groups that say nothing."""
-    totals = {stage: [v.total(stage) for v in verdicts] for stage in stages}
-    out: dict[str, float | None] = {"reward": _mean(totals[stages[-1]])}
+    """Returns the rollout's metrics: rewards by trained stage, scores, unscored, lengths, silent groups."""
+    totals = {stage: [v.total(stage) for v in verdicts] for stage in trained}
+    out: dict[str, float | None] = {"reward": _mean(totals[trained[-1]])}
     if len({tuple(values) for values in totals.values()}) > 1:
         out |= {f"reward/{stage}": _mean(values) for stage, values in totals.items()}
     names = dict.fromkeys(name for v in verdicts for name in v.scores)
     out |= {f"score/{n}": _mean([v.scores[n].value for v in verdicts if n in v.scores]) for n in names}
-    out["unscored"] = _mean([float(any(totals[s][i] is None for s in stages)) for i in range(len(verdicts))])
+    out["unscored"] = _mean([float(any(totals[s][i] is None for s in trained)) for i in range(len(verdicts))])
     out["cut"] = _mean([float(t.stop is Stop.LENGTH) for t in trajectories])
     for stage in stages:
         lengths = [float(len(t.segments[stage].actions)) for t in trajectories if stage in t.segments]
@@ -129,11 +130,6 @@ def _flat(rows: Sequence[Row], stage: str) -> float | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
-
-
-def _last_total(trajectory: Trajectory, verdict: Verdict) -> float | None:
-    stages = list(trajectory.segments) or ["*"]
-    return verdict.total(stages[-1])
 
 
 def _step(line: str, *, default: int) -> int:

@@ -29,10 +29,9 @@ class Learner:
     @classmethod
     def of(cls, recipe: Recipe) -> Learner:
         """Returns a learner at the recipe's starting weights; a trainable without a trained stage is left alone."""
-        trained = {stage for claim in recipe.claims for stage in claim}
-        mine = [t for t in recipe.trainables if trained & set(t.stages)]
+        mine = [t for t in recipe.trainables if set(recipe.trained) & set(t.stages)]
         weights = {t: Weights(t, _shadows(recipe, t)) for t in mine}
-        modules = [o.module for o in dict.fromkeys(recipe.claims.values()) if o.module is not None]
+        modules = [o.module for o in {id(o): o for o in recipe.claims.values()}.values() if o.module is not None]
         parameters = [p for w in weights.values() for p in w.live]
         parameters += [p for m in modules for p in m.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -51,7 +50,7 @@ def train(
 ) -> None:
     """Trains on judged trajectories, a step at a time; `experience(weights)` yields (step, trajectories, verdicts).
 
-    `observe(event, **facts)` hears of "rollout_end", "update_end" and "step_end".
+    `observe(event, **facts)` hears of "rollout_end", "backward_end", "update_end" and "step_end".
     """
     world = world or Solo()
     learner = learner or Learner.of(recipe)
@@ -82,6 +81,7 @@ def train(
                     for name, value in sums.items():
                         metrics[name] = metrics.get(name, torch.zeros(())) + share * value.detach().cpu()
             world.sum_gradients(learner.parameters)  # a sum, as the loss is
+            observe("backward_end", step=step)
             norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.max_grad_norm)
             if torch.isfinite(norm):
                 learner.optimizer.step()

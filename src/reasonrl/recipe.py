@@ -105,6 +105,12 @@ class Recipe:
         return tuple(stage for trainable in self.trainables for stage in trainable.stages)
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """Every stage that some objective trains, in the order they are drawn."""
+        claimed = {stage for claim in self.claims for stage in claim}
+        return tuple(stage for stage in self.stages if stage in claimed)
+
+    @property
     def provides(self) -> frozenset[str]:
         """What a judge may need: texts, images and the artifacts of policy and renderer."""
         said = self.policy.provides | frozenset({"reasoning", "plan"})

@@ -9,12 +9,14 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from attrs import evolve, frozen
 
+from reasonrl import registry
 from reasonrl.errors import ContractError, JudgeError, ReasonRLError
 from reasonrl.interfaces import Judge, Policy, Renderer, Teachable, Trainable
-from reasonrl.interfaces.judge import checked
+from reasonrl.interfaces.judge import checked, with_terms
 from reasonrl.noise import Draw
 from reasonrl.recipe import Recipe
 from reasonrl.types import Prompt, Score, Term, Trajectory, Verdict
@@ -29,18 +31,24 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, *, number: int, seed: 
 
     Fewer prompts than `number` gives each once a step.
     """
-    number = min(number, len(prompts))
-    start = step * number
-    chosen: list[Prompt] = []
-    while len(chosen) < number:
-        epoch, offset = divmod(start, len(prompts))
-        order = list(range(len(prompts)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        # The first prompts of an epoch may repeat the end of the last one: two of one id cannot share a step.
-        fresh = [i for i in order[offset:] if all(prompts[i].id != c.id for c in chosen)]
-        chosen += [prompts[i] for i in fresh[: number - len(chosen)]]
-        start = (epoch + 1) * len(prompts)
-    return chosen
+    size, number = len(prompts), min(number, len(prompts))
+    epoch, offset = divmod(step * number, size)
+    order = _order(size, number, seed, epoch)[offset : offset + number]
+    order += _order(size, number, seed, epoch + 1)[: number - len(order)] if len(order) < number else ()
+    return [prompts[i] for i in order]
+
+
+@lru_cache(maxsize=4)
+def _order(size: int, number: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Returns an epoch's shuffle; a step that ends one epoch and begins the next holds nothing twice."""
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    begun = epoch * size % number  # prompts of the straddling step that the epoch before gave
+    if not begun:
+        return tuple(order)
+    taken = set(_order(size, number, seed, epoch - 1)[size - begun :])
+    first = [i for i in order if i not in taken][: number - begun]
+    return (*first, *(i for i in order if i not in set(first)))
 
 
 def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0) -> Experience:
@@ -108,12 +116,12 @@ class Guarded:
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         """Returns one clean verdict each; a judge out of time leaves all unscored; one that raises is a JudgeError."""
-        outcome: list[list[Verdict] | Exception] = []
+        outcome: list[list[Verdict] | Exception | SystemExit] = []
 
         def work() -> None:
             try:
                 outcome.append(checked(self.part, trajectories))
-            except Exception as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
                 outcome.append(error)
 
         # A daemon, so that a judge that hangs cannot keep the process alive.
@@ -124,7 +132,7 @@ class Guarded:
             return [_silent(f"timed out after {self.timeout_s:g} s") for _ in trajectories]
         if isinstance(outcome[0], ReasonRLError):
             raise outcome[0]
-        if isinstance(outcome[0], Exception):
+        if isinstance(outcome[0], Exception | SystemExit):
             raise JudgeError(_blame(self.part, outcome[0])) from outcome[0]
         return [_clean(verdict) for verdict in outcome[0]]
 
@@ -134,12 +142,11 @@ def _silent(note: str) -> Verdict:
 
 
 def _clean(verdict: Verdict) -> Verdict:
-    terms = {stage: tuple(map(_finite, terms)) for stage, terms in verdict.terms.items()}
     scores = {
         name: score if _is_fine(score.value) else Score(None, f"not finite: {score.value}")
         for name, score in verdict.scores.items()
     }
-    return Verdict(terms, scores)
+    return Verdict(with_terms(verdict, _finite).terms, scores)
 
 
 def _finite(term: Term) -> Term:
@@ -150,7 +157,7 @@ def _is_fine(value: float | None) -> bool:
     return value is None or math.isfinite(value)
 
 
-def _blame(judge: Judge, error: Exception) -> str:
+def _blame(judge: Judge, error: BaseException) -> str:
     origin = error.__traceback__
     inner = None
     while origin is not None:
@@ -158,7 +165,7 @@ def _blame(judge: Judge, error: Exception) -> str:
         inner = type(owner) if isinstance(owner, Judge) else inner
         origin = origin.tb_next
     culprit = inner or type(judge)
-    return f"judge {culprit.__name__} of package {package_of(culprit)} raised {type(error).__name__}: {error}"
+    return f"judge {culprit.__name__} of package {package_of(culprit)} raised {registry.one_line(error)}"
 
 
 def package_of(kind: type) -> str:
@@ -167,6 +174,9 @@ def package_of(kind: type) -> str:
     for name in importlib.metadata.packages_distributions().get(top, []):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{name} {importlib.metadata.version(name)}"
+    for found in registry.components():  # an editable install lists no packages, but it offers components
+        if found.value.partition(":")[0].partition(".")[0] == top:
+            return f"{found.distribution} {found.version}"
     return f"{kind.__module__} (not an installed package)"
 
 
@@ -176,8 +186,7 @@ def unscored(verdicts: Sequence[Verdict], stages: Sequence[str]) -> list[bool]:
 
 
 def _stop_if_blind(recipe: Recipe, step: int, verdicts: Sequence[Verdict]) -> None:
-    stages = [stage for claim in recipe.claims for stage in claim]
-    blind = unscored(verdicts, stages)
+    blind = unscored(verdicts, recipe.trained)
     share = sum(blind) / max(len(blind), 1)
     if share > recipe.max_unscored:
         notes = Counter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from attrs import define, field
 from reasonrl import __version__, checkpoint, hooks
 from reasonrl.batch import Row
 from reasonrl.config import from_record, to_record
-from reasonrl.errors import CheckpointError, ConfigError, ReasonRLError
+from reasonrl.errors import CheckpointError, ConfigError
 from reasonrl.eval import Answer, evaluate
 from reasonrl.journal import Journal, summary
 from reasonrl.loop import Learner, train
@@ -72,6 +73,8 @@ class _Session:
     tests: dict[str, tuple[Prompt, ...]]
     finished: int = 0
     stop: bool = False
+    _torn: bool = False
+    """The weights are between two steps: saving them would break resume."""
     _line: dict[str, Any] = field(factory=dict)
     _since: float = 0.0
 
@@ -100,14 +103,15 @@ class _Session:
                     train(self.recipe, experience, learner=self.learner, observe=self.observe)
             self.save()
             self.evaluate(self.recipe.steps)
-            self.recipe.policy.save(self.directory / "model")
+            with checkpoint.atomic_folder(self.directory / "model") as model:
+                self.recipe.policy.save(model)
             return write_report(self.directory)
-        except ReasonRLError as caught:
-            error = caught
-            self._save_after(caught)
-            raise
         except KeyboardInterrupt as caught:
             error = caught
+            raise
+        except Exception as caught:
+            error = caught
+            self._save_after(caught)
             raise
         finally:
             hooks.call("run_end", step=self.finished, error=error)
@@ -156,12 +160,16 @@ class _Session:
         rows: Sequence[Row],
     ) -> None:
         hooks.call("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
-        self._line = dict(summary(rows, trajectories, verdicts, self.recipe.stages))
+        self._line = dict(summary(rows, trajectories, verdicts, self.recipe.stages, self.recipe.trained))
         self._line["num_tokens"] = sum(len(s.actions) for t in trajectories for s in t.segments.values())
         if self.recipe.judge is not None and (step % self.recipe.show_every == 0 or step + 1 == self.recipe.steps):
             # One trajectory a prompt, the first of its group.
             shown = list(range(0, len(trajectories), self.recipe.group_size))[:NUM_SHOWN]
-            self.journal.samples(step, [trajectories[i] for i in shown], [verdicts[i] for i in shown])
+            last = self.recipe.trained[-1]
+            self.journal.samples(step, [trajectories[i] for i in shown], [verdicts[i] for i in shown], last)
+
+    def _backward_end(self, step: int) -> None:
+        self._torn = True
 
     def _update_end(self, step: int, grad_norm: torch.Tensor, metrics: dict[str, torch.Tensor], skipped: bool) -> None:
         self._line |= {name: float(value) for name, value in metrics.items()}
@@ -174,17 +182,18 @@ class _Session:
         line = {"step": step, "seconds": seconds, "tokens_per_s": num_tokens / seconds}
         line |= {"learning_rate": self.recipe.rate(step), **self._line}
         self.journal.metrics(line)
-        self.finished = step + 1
+        self.finished, self._torn = step + 1, False
         self.progress.advance(line)
         hooks.call("step_end", step=step, metrics=line)
         if self.stop or self.finished % self.recipe.save_every == 0:
             self.save()
         if self.stop:
-            raise Interrupted(f"stopped after step {step}, saved. Go on with: reasonrl train --resume {self.directory}")
+            again = f"reasonrl train --resume {shlex.quote(str(self.directory))}"
+            raise Interrupted(f"stopped after step {step}, saved. Go on with: {again}")
 
-    def _save_after(self, error: ReasonRLError) -> None:
-        if isinstance(error, CheckpointError):
-            return  # the disk has refused already
+    def _save_after(self, error: Exception) -> None:
+        if self._torn or isinstance(error, CheckpointError):
+            return  # half a step, or the disk has refused already
         try:
             self.save()
         except CheckpointError as second:
@@ -222,9 +231,9 @@ def _prepare(directory: Path, recipe: Recipe, *, resume: bool, command: str) -> 
         if not (directory / "recipe.json").is_file():
             raise ConfigError(f"{directory} holds no run to resume: give the folder that `reasonrl train` printed")
         return
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory} is not empty: use --resume to go on with it, or --out for another folder")
     try:
+        if directory.exists() and any(directory.iterdir()):
+            raise ConfigError(f"{directory} is not empty: use --resume to go on with it, or --out for another folder")
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "recipe.json").write_text(json.dumps(to_record(recipe, roots=ROOTS), indent=1))
         (directory / "run.json").write_text(json.dumps(about(command), indent=1))

@@ -151,7 +151,6 @@ def _check_verdicts(judge: Judge, rows: Sequence[Trajectory], verdicts: Sequence
     kinds = {}
     for row, verdict in zip(rows, verdicts, strict=True):
         where = f"for {row.prompt.id}"
-        _require(judge, isinstance(verdict, Verdict), f"returned {verdict!r} {where}, no Verdict")
         stray = sorted(set(verdict.terms) - judge.stages)
         _require(judge, not stray, f"spoke of {stray} {where}: its stages are {set(judge.stages)}")
         said = _said(verdict)
@@ -182,10 +181,10 @@ def check_renderer(renderer: Renderer, trajectories: Sequence[Trajectory] | None
 
     Each comes back once, or as k children that follow each other, in order, with its texts and
     segments. One draw gives one set of images, whatever the order of the rows. At least one is
-    drawn: pass trajectories with segments where a renderer needs them.
+    drawn: the samples have 64 image tokens each, pass trajectories of your own where a renderer needs others.
     """
     _check_names(renderer, "provides", renderer.provides)
-    given = sample_trajectories() if trajectories is None else trajectories
+    given = [_with_tokens(t) for t in sample_trajectories()] if trajectories is None else trajectories
     rows = [evolve(trajectory, images={}) for trajectory in given]
     drawn = renderer.render(rows, draw=Draw(0, 0))
     _require(renderer, not any(row.images for row in rows), "changed its input")
@@ -196,6 +195,12 @@ def check_renderer(renderer: Renderer, trajectories: Sequence[Trajectory] | None
     _require(renderer, _gap(first, again) == 0, "drew two images from one draw")
     turned = _pixels(renderer, renderer.render(rows[::-1], draw=Draw(0, 0)))
     _require(renderer, _gap(first, turned) <= 2, "drew by row order: address noise by Draw.key")
+
+
+def _with_tokens(trajectory: Trajectory) -> Trajectory:
+    """Returns it with an image's worth of tokens, so that a renderer of tokens has something to draw."""
+    tokens, trained = torch.zeros(64, dtype=torch.int64), torch.ones(64, dtype=torch.bool)
+    return evolve(trajectory, segments={"image": Segment("image", trajectory.member, tokens, trained)})
 
 
 def _check_lineage(renderer: Renderer, rows: list[Trajectory], drawn: list[Trajectory]) -> None:

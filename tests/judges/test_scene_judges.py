@@ -59,12 +59,11 @@ def test_a_plan_that_the_image_ignores_loses_grounding_only():
     assert grounding < 1.0
 
 
-def test_no_plan_is_the_policys_fault_and_no_image_leaves_a_judge_silent():
+def test_no_plan_and_no_image_are_the_policys_fault():
     empty = Trajectory(Prompt("p", "a red circle"), texts={"reasoning": "hm"})
     semantic, spatial, grounding, image = scores(empty)
     assert (semantic, spatial) == (0.0, 0.0)
-    assert grounding is None
-    assert image is None
+    assert (grounding, image) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("judge", [SceneReasoningImage(), ScenePromptImage(), ScenePromptImage("soft")])

@@ -35,10 +35,10 @@ def test_gain_scales_up_to_one():
     assert Contrast(gain=9).score(ramp) == 1.0
 
 
-def test_a_missing_image_is_unscored():
+def test_a_missing_image_is_the_policys_fault():
     (verdict,) = Contrast().judge([Trajectory(Prompt("p", "a red cup"))])
-    assert verdict.total(EVERY) is None
-    assert verdict.scores["Contrast"].note == "needs image"
+    assert verdict.total(EVERY) == 0.0
+    assert verdict.scores["Contrast"].note == "no image"
 
 
 @pytest.mark.parametrize("gain", [0, -1.0, float("nan")])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 from attrs import field, frozen
@@ -84,22 +84,28 @@ class PointwiseJudge(Judge):
 
     @final
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        """Scores each; abstains by itself where an artifact it needs is missing."""
+        """Scores each; no plan or no image is a 0, the policy's fault, and any other missing need is unscored."""
         return [Verdict.of(self.name, self._guarded(trajectory)) for trajectory in trajectories]
 
     def _guarded(self, trajectory: Trajectory) -> Score:
         missing = sorted(need for need in self.needs if not _has(trajectory, need))
         if missing:
-            return Score(None, f"needs {', '.join(missing)}")
+            owed = [need for need in missing if need in POLICYS_DUTY]
+            return Score(0.0 if owed else None, f"no {', '.join(owed or missing)}")
         return finite(self.score(trajectory))
+
+
+POLICYS_DUTY = frozenset({"image", "plan", "reasoning"})
+"""What a policy owes with every trajectory: where it is missing, the score is 0 and not silence."""
 
 
 def finite(value: float | Score | None) -> Score:
     """Returns a Score whose value is a finite float or None: NaN and infinity are the judge's fault."""
-    score = value if isinstance(value, Score) else Score(None if value is None else float(value))
-    if score.value is not None and not math.isfinite(score.value):
-        return Score(None, f"not finite: {score.value}")
-    return score
+    score = value if isinstance(value, Score) else Score(value)
+    if score.value is None:
+        return score
+    number = float(score.value)
+    return Score(number, score.note) if math.isfinite(number) else Score(None, f"not finite: {number}")
 
 
 def _has(trajectory: Trajectory, need: str) -> bool:
@@ -111,11 +117,12 @@ def _flat(kind: type[Sum] | type[Product], *judges: Judge) -> tuple[Judge, ...]:
     return tuple(part for judge in judges for part in (judge.parts if isinstance(judge, kind) else (judge,)))
 
 
-def _judges(value: Sequence[Judge]) -> tuple[Judge, ...]:
-    wrong = [type(part).__name__ for part in value if not isinstance(part, Judge)]
-    if wrong or not value:
+def _judges(value: Iterable[Judge]) -> tuple[Judge, ...]:
+    parts = tuple(value)
+    wrong = [type(part).__name__ for part in parts if not isinstance(part, Judge)]
+    if wrong or not parts:
         raise ConfigError(f"a sum or product of judges needs judges, got {wrong or 'nothing'}")
-    return tuple(value)
+    return parts
 
 
 @final
@@ -186,11 +193,12 @@ class Scaled(Judge):
         return self.part.stages
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        """Returns the part's verdicts, reweighted; raw scores stay as they were."""
-        return [
-            _with_terms(v, lambda t: Term(t.name, t.value, t.weight * self.factor))
-            for v in self.part.judge(trajectories)
-        ]
+        """Returns the part's verdicts, reweighted, with 0 × unscored = 0; raw scores stay as they were."""
+        return [with_terms(verdict, self._scaled) for verdict in self.part.judge(trajectories)]
+
+    def _scaled(self, term: Term) -> Term:
+        value = 0.0 if self.factor == 0 else term.value
+        return Term(term.name, value, term.weight * self.factor)
 
 
 @final
@@ -199,7 +207,15 @@ class On(Judge):
     """A judge whose say is restricted to one stage."""
 
     part: Judge
-    stage: str
+    stage: str = field()
+
+    @stage.validator
+    def _spoken_of(self, _: object, value: str) -> None:
+        if not {EVERY, value} & self.part.stages:
+            raise ConfigError(
+                f"{type(self.part).__name__} never speaks of stage {value!r}, only of {sorted(self.part.stages)}:"
+                " restrict it to one of those"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -244,26 +260,32 @@ class Named(Judge):
         return [self._renamed(verdict) for verdict in self.part.judge(trajectories)]
 
     def _renamed(self, verdict: Verdict) -> Verdict:
-        alone = len(verdict.scores) <= 1
-        names = {old: self.name if alone else f"{self.name}.{old}" for old in verdict.scores}
-        terms = {
-            stage: tuple(Term(self.name if len(ts) == 1 else f"{self.name}.{t.name}", t.value, t.weight) for t in ts)
-            for stage, ts in verdict.terms.items()
-        }
-        return Verdict(terms, {names[old]: score for old, score in verdict.scores.items()})
+        names = self._names(verdict.scores)
+        called = self._names(term.name for terms in verdict.terms.values() for term in terms)
+        renamed = with_terms(verdict, lambda term: Term(called[term.name], term.value, term.weight))
+        return Verdict(renamed.terms, {names[old]: score for old, score in verdict.scores.items()})
+
+    def _names(self, old: Iterable[str]) -> dict[str, str]:
+        distinct = dict.fromkeys(old)
+        return {name: self.name if len(distinct) == 1 else f"{self.name}.{name}" for name in distinct}
 
 
-def _with_terms(verdict: Verdict, change: Callable[[Term], Term]) -> Verdict:
-    terms = {stage: tuple(map(change, terms)) for stage, terms in verdict.terms.items()}
+def with_terms(verdict: Verdict, change: Callable[[Term], Term]) -> Verdict:
+    """Returns the verdict with each term changed; a term that several stages share stays one object."""
+    shared = {id(term): term for terms in verdict.terms.values() for term in terms}
+    changed = {key: change(term) for key, term in shared.items()}
+    terms = {stage: tuple(changed[id(term)] for term in terms) for stage, terms in verdict.terms.items()}
     return Verdict(terms, verdict.scores)
 
 
 def _product(parts: Sequence[tuple[Term, ...]]) -> Term:
     totals = [Verdict({EVERY: terms}).total() for terms in parts]
-    name = "*".join("+".join(term.name for term in terms) for terms in parts)
+    sums = ["+".join(term.name for term in terms) for terms in parts]
+    name = "*".join(f"({said})" if len(terms) > 1 else said for said, terms in zip(sums, parts, strict=True))
     if 0.0 in totals:
         return Term(name, 0.0)
-    return Term(name, None if None in totals else math.prod(t for t in totals if t is not None))
+    product = math.prod(t for t in totals if t is not None)
+    return Term(name, None if None in totals or not math.isfinite(product) else product)
 
 
 def _combine(
@@ -297,11 +319,17 @@ def _refuse_twice(names: Counter[str]) -> None:
 
 
 def checked(judge: Judge, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-    """Returns the judge's verdicts; ContractError where their number is not one each."""
+    """Returns the judge's verdicts; ContractError where they are not one Verdict each."""
     verdicts = list(judge.judge(trajectories))
     if len(verdicts) != len(trajectories):
         raise ContractError(
             f"{type(judge).__name__} returned {len(verdicts)} verdicts for {len(trajectories)} trajectories:"
             " judge() must return one each, in order"
+        )
+    wrong = sorted({type(verdict).__name__ for verdict in verdicts if not isinstance(verdict, Verdict)})
+    if wrong:
+        raise ContractError(
+            f"{type(judge).__name__} returned {', '.join(wrong)} where verdicts belong:"
+            " judge() returns Verdict.of(name, value), a PointwiseJudge's score() the value alone"
         )
     return verdicts

@@ -18,13 +18,14 @@ class LogProbs:
 def guided_logits(logits: Tensor, uncond_logits: Tensor | None, cfg_weight: float) -> Tensor:
     """Returns float logits under classifier-free guidance, u + w (c − u) (GoT-R1's inference code).
 
-    w = 1 is the conditional branch, w = 0 the unconditional one.
+    w = 1 is the conditional branch, w = 0 the unconditional one. A token that a branch masks (−inf) stays masked.
     """
     if uncond_logits is None or cfg_weight == 1.0:
         return logits.float() if logits.dtype != torch.float64 else logits
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    low = uncond_logits.to(wide)
-    return low + cfg_weight * (logits.to(wide) - low)
+    high, low = logits.to(wide), uncond_logits.to(wide)
+    # −inf − −inf is nan where the meaning is "never".
+    return torch.where(high.isneginf() | low.isneginf(), -torch.inf, low + cfg_weight * (high - low))
 
 
 def log_softmax(

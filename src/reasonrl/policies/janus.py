@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from importlib.resources import as_file, files
@@ -216,9 +217,16 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
+        _refuse_broken_json(folder / "tokenizer.json")
         return AutoTokenizer.from_pretrained(str(folder), padding_side="left")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no tokenizer: {_first_line(error)}") from error
+
+
+def _refuse_broken_json(path: Path) -> None:
+    # A cut tokenizer.json sends AutoTokenizer (transformers 5.23) into a loop that eats the machine's memory.
+    if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+        raise ValueError(f"{path.name} is no JSON object")
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, module: JanusModule) -> SpecialTokens:

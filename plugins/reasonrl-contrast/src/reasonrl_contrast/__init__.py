@@ -8,7 +8,7 @@ from reasonrl import PointwiseJudge, Trajectory
 
 @frozen
 class Contrast(PointwiseJudge):
-    """RMS contrast of the image, in [0, 1]; unscored when nothing was rendered."""
+    """RMS contrast of the image, in [0, 1]; 0 where the policy drew nothing."""
 
     gain: float = field(default=1.0, validator=validators.gt(0))
     needs = frozenset({"image"})  # no annotation: attrs would make it a field
