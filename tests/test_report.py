@@ -253,7 +253,7 @@ def test_any_curve_stays_inside_its_panel(values):
     assert bool(found) == any(v is not None for v in values)
     for points in re.findall(r"points='([^']*)'", found):
         for x, y in (map(float, p.split(",")) for p in points.split()):
-            assert 40 <= x <= 252
+            assert 48 <= x <= 252
             assert 22 <= y <= 110
 
 

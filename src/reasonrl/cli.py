@@ -73,7 +73,9 @@ def train(
         directory = directory or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     out.print(f"run: {directory}", markup=False)
     try:
-        report = run(built, directory, resume=resume is not None, quiet=quiet, command=shlex.join(sys.argv))
+        report = run(
+            built, directory, resume=resume is not None, quiet=quiet, command=shlex.join(["reasonrl", *sys.argv[1:]])
+        )
     except Interrupted as stopped:
         out.print(str(stopped), markup=False)
         raise typer.Exit(130) from None

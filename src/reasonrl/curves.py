@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 260, 130
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 22, 20
+LEFT, RIGHT, TOP, BOTTOM = 48, 8, 22, 20
 SMOOTHING = 0.85
 """Share of the last smoothed value that each step keeps."""
 
@@ -106,4 +106,4 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"

@@ -1,10 +1,9 @@
 import math
 
 import pytest
-from attrs import evolve, frozen
+from attrs import frozen
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from reasonrl.errors import ConfigError, ContractError
 from reasonrl.interfaces import Judge, PointwiseJudge
@@ -304,15 +303,6 @@ def test_no_image_is_a_zero_because_it_is_the_policys_fault():
         needs = frozenset({"image"})
 
     assert said(Sees("a")) == 0.0
-
-
-def test_a_missing_artifact_that_is_no_duty_of_the_policy_is_unscored():
-    @frozen
-    class Follows(Says):
-        needs = frozenset({"image", "saliency"})
-
-    (verdict,) = Follows("a").judge([evolve(ONE[0], images={"image": Image.new("RGB", (2, 2))})])
-    assert verdict.scores["a"] == Score(None, "no saliency")
 
 
 def test_renaming_gives_a_term_one_name_at_all_stages():
