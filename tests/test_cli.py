@@ -18,12 +18,12 @@ from reasonrl import __version__, cli, registry
 from reasonrl.hooks import hookimpl
 
 COMMANDS = {
-    "train": "Train a recipe",
-    "sample": "Draw a prompt",
-    "plugins": "List every installed component",
-    "check": "Check that an installed component keeps",
-    "report": "Write a run's report",
-    "doctor": "Check a recipe on a few prompts",
+    "train": "Train a recipe and write a report.",
+    "sample": "Draw a prompt and print its plan.",
+    "plugins": "List installed components, with package and version.",
+    "check": "Check that a component keeps its promises.",
+    "report": "Write a run's report, one self-contained page.",
+    "doctor": "Check a recipe before money is spent.",
 }
 PROMPT = "a red circle"
 RECIPE = """
@@ -134,8 +134,7 @@ def test_help_says_what_a_command_does(reasonrl: Command, command: str, what: st
     assert said.code == 0
     assert what in " ".join(said.out.split())
     overview = reasonrl("--help")
-    assert command in overview.out
-    assert what.split()[0] in overview.out
+    assert f"{command} {what}" in " ".join(overview.out.split())  # whole, not cut with dots
 
 
 def test_plugins_lists_every_shipped_component_with_its_version(reasonrl: Command) -> None:
@@ -378,6 +377,11 @@ def test_sample_draws_the_same_picture_for_the_same_seed_and_another_for_another
         assert reasonrl("sample", nano_folder, PROMPT, "--out", f"{name}.png", "--seed", seed).code == 0
     a, b, c = (Path(f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_an_empty_prompt_is_refused(reasonrl: Command, nano_folder: Path) -> None:
+    assert "the prompt is empty" in reasonrl("sample", nano_folder, "  ").refusal()
+    assert nothing_written()
 
 
 def test_sample_numbers_several_pictures(reasonrl: Command, nano_folder: Path) -> None:

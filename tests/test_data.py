@@ -210,7 +210,7 @@ def test_a_text_file_with_a_nul_or_an_endless_line_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "\n \r\n", "# only notes\n", "\ufeff"])
 def test_a_file_without_prompts_is_refused(tmp_path, content):
-    assert refusal(write(tmp_path / "a.txt", content)) == "a.txt: holds no prompts"
+    assert refusal(write(tmp_path / "a.txt", content)) == "a.txt: holds no prompts, write one a line"
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):

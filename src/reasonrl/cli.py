@@ -54,9 +54,9 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Train a recipe: evaluate, run its steps, evaluate again, write a report.
+    """Train a recipe and write a report.
 
-    Ctrl-C finishes the step, saves, and says how to go on.
+    Evaluates its test prompts before and after. Ctrl-C finishes the step, saves, and says how to go on.
     """
     from reasonrl.session import Interrupted, run
 
@@ -91,7 +91,12 @@ def sample(
     number: Annotated[int, typer.Option("--num", min=1, help="How many pictures.")] = 1,
     seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
 ) -> None:
-    """Draw a prompt: write a PNG with the planned boxes, and print the plan."""
+    """Draw a prompt and print its plan.
+
+    The PNG shows the planned boxes over the picture.
+    """
+    if not prompt.strip():
+        raise ConfigError('the prompt is empty: say what to draw, "a red circle left of a blue square"')
     from reasonrl.noise import Draw
     from reasonrl.rollout import draw_trajectories
     from reasonrl.types import Prompt
@@ -108,7 +113,7 @@ def sample(
 def plugins(
     kind: Annotated[str | None, typer.Argument(help="policies, renderers, judges, objectives, ...")] = None,
 ) -> None:
-    """List every installed component with its package and version."""
+    """List installed components, with package and version."""
     rows = [("component", "package", "version", "defined in")]
     rows += [(f"{c.kind}/{c.name}", c.distribution, c.version, c.value) for c in registry.components(kind)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -121,7 +126,10 @@ def plugins(
 def check(
     component: Annotated[str, typer.Argument(help="Which: judges/contrast, policies/got-r1, ...")],
 ) -> None:
-    """Check that an installed component keeps its interface's promises."""
+    """Check that a component keeps its promises.
+
+    The promises of its interface: docs/interfaces.md.
+    """
     from reasonrl import testing
 
     kind, _, name = component.partition("/")
@@ -149,7 +157,7 @@ def check(
 def report(
     directory: Annotated[Path, typer.Argument(help="The folder of a run.")],
 ) -> None:
-    """Write a run's report: one self-contained HTML page."""
+    """Write a run's report, one self-contained page."""
     from reasonrl.report import write_report
 
     page = write_report(directory)
@@ -165,7 +173,10 @@ def doctor(
     ],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE")] = None,
 ) -> None:
-    """Check a recipe on a few prompts before money is spent: ratio 1, scored, groups that say something."""
+    """Check a recipe before money is spent.
+
+    On a few prompts: is the ratio 1, is everything scored, do groups have something to say. Exit code 1 if sick.
+    """
     from reasonrl.doctor import examine
 
     built = overrides(find_recipe(recipe), settings or [])

@@ -103,7 +103,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             empty = False
             yield number, stripped
     if empty:
-        raise DataError(f"{file}: holds no prompts")
+        raise DataError(f"{file}: holds no prompts, write one a line")
 
 
 def _decoded(file: Path, data: bytes) -> str:
