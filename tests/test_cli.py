@@ -333,7 +333,7 @@ def test_a_foreign_safetensors_file_is_refused(reasonrl: Command, nano_folder: P
         ("model.safetensors", None, ["holds no weights"]),
         ("config.json", None, ["holds no config.json"]),
         ("config.json", "{", ["is no Janus checkpoint"]),
-        ("config.json", '{"model_type": "llama"}', []),
+        ("config.json", '{"model_type": "llama"}', ["model_type 'llama', expected 'janus'"]),
         ("tokenizer.json", "{", ["holds no tokenizer"]),
         ("model.safetensors", "", ["model.safetensors cannot be read"]),
     ],
