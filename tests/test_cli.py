@@ -177,9 +177,8 @@ def test_shipped_components_pass_their_own_check(reasonrl: Command, component: s
         (["report", "."], ["DataError", "holds no run"]),
         (["report", "nowhere"], ["DataError", "nowhere holds no run"]),
         (["train"], ["ConfigError", "give a recipe to start, or --resume"]),
-        (["train", "a.py", "--resume", "run"], ["ConfigError", "one of the two"]),
         (["train", "--resume", "nowhere"], ["nowhere"]),
-        (["train", "--resume", "r", "--set", "steps=1"], ["ConfigError", "--resume takes no --set"]),
+        (["train", "--resume", "r", "--out", "s"], ["ConfigError", "--resume takes no --out"]),
         (["train", "nowhere.py"], ["ConfigError", "no recipe file at nowhere.py"]),
         (["doctor", "nowhere.py"], ["ConfigError", "no recipe file at nowhere.py"]),
         (["sample", "./nowhere", PROMPT], ["CheckpointError", "no checkpoint at ./nowhere"]),
@@ -452,6 +451,24 @@ def test_a_run_is_stopped_resumed_reported_and_sampled_from_the_command_line(
     Path("my run/recipe.json").write_text("{")
     assert "recipe.json" in reasonrl("train", "--resume", "my run").refusal()
     assert sorted(Path("my run").rglob("*")) == before
+
+
+def test_a_run_of_a_recipe_with_its_own_judge_goes_on_when_the_recipe_is_named_again(
+    reasonrl: Command, recipe: Path, watch: Callable[[object], None]
+) -> None:
+    recipe.write_text(
+        "from attrs import frozen\n"
+        "from reasonrl.judges import SceneSemantic\n"
+        "@frozen\nclass Mine(SceneSemantic):\n    pass\n" + recipe.read_text().replace("SceneSemantic()", "Mine()")
+    )
+    watch(CtrlC())
+    assert reasonrl("train", recipe, "--out", "mine").code == 130
+    refused = reasonrl("train", "--resume", "mine").refusal()
+    assert "tiny_recipe:Mine' is not registered" in refused
+    assert "reasonrl train RECIPE --resume RUN" in refused
+    assert reasonrl("train", recipe, "--resume", "mine", "--quiet").code == 0
+    steps = [json.loads(line)["step"] for line in Path("mine/metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2]
 
 
 def test_train_without_out_writes_below_runs(reasonrl: Command, recipe: Path) -> None:

@@ -16,7 +16,7 @@ from reasonrl import registry
 from reasonrl.config import from_record, override, overrides, to_record
 from reasonrl.errors import ConfigError, PluginError
 from reasonrl.interfaces.judge import Judge, Named, On, Product, Scaled, Sum
-from reasonrl.types import Prompt
+from reasonrl.types import EVERY, Prompt
 
 if TYPE_CHECKING:
     from nowhere import Unresolved
@@ -212,13 +212,21 @@ def test_no_setting_changes_private_state_that_variants_share() -> None:
 
 numbers = st.floats(min_value=0.01, max_value=1e6)
 words = st.text(min_size=1, max_size=5)
+
+
+def restricted(judge: Judge) -> st.SearchStrategy[Judge]:
+    spoken_of = sorted(judge.stages - {EVERY})
+    stages = words if EVERY in judge.stages else st.sampled_from(spoken_of)
+    return st.builds(On, st.just(judge), stages)
+
+
 judges = st.recursive(
     st.builds(lambda gain, label: sharpness(gain=gain, label=label), numbers, st.text(max_size=5)),
     lambda inner: st.one_of(
         st.lists(inner, min_size=1, max_size=3).map(Sum),
         st.lists(inner, min_size=1, max_size=3).map(Product),
         st.builds(Scaled, inner, numbers),
-        st.builds(On, inner, words),
+        inner.flatmap(restricted),
         st.builds(Named, inner, words),
     ),
     max_leaves=8,

@@ -200,6 +200,34 @@ def test_a_component_that_raises_any_error_leaves_the_finished_steps_saved(
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").is_file()
 
 
+def test_a_finished_run_goes_on_with_more_steps_to_the_same_bits(tiny: Tiny, straight: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run(tiny(steps=STEPS - 1), directory, quiet=True)
+    run(tiny(steps=STEPS), directory, resume=True, quiet=True)
+    assert weights(directory) == weights(straight)
+    assert (directory / "recipe.json").read_text() == (straight / "recipe.json").read_text()
+    with pytest.raises(ConfigError, match=f"has finished {STEPS} steps, more than steps={STEPS - 1}"):
+        run(tiny(steps=STEPS - 1), directory, resume=True, quiet=True)
+
+
+def test_what_a_resumed_recipe_changed_is_said_and_written_down(
+    tiny: Tiny, straight: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(straight, directory)
+    run(tiny(objective=GRPO(clip=0.1), steps=STEPS + 1), directory, resume=True)
+    change = f"steps is {STEPS + 1}, was {STEPS}"
+    assert f"from step {STEPS} on, {change}" in capfd.readouterr().err
+    [said] = json.loads((directory / "run.json").read_text())["changed"].values()
+    assert said[0].startswith("objective is ")
+    assert '"clip": 0.1' in said[0]
+    assert said[1:] == [change]
+    assert json.loads((directory / "recipe.json").read_text())["steps"] == STEPS + 1
+    facts = (directory / "run.json").read_bytes()
+    run(tiny(objective=GRPO(clip=0.1), steps=STEPS + 1), directory, resume=True, quiet=True)
+    assert (directory / "run.json").read_bytes() == facts
+
+
 def test_a_disk_that_is_full_for_the_final_model_loses_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

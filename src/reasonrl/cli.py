@@ -51,7 +51,10 @@ def train(
         Path | None,
         typer.Option("--out", help="Where to write the run. Default: runs/<recipe>-<time>."),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run in this folder; with its recipe if that has classes of its own."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a recipe and write a report.
@@ -60,17 +63,16 @@ def train(
     """
     from reasonrl.session import Interrupted, run
 
-    if (recipe is None) == (resume is None):
-        raise ConfigError("give a recipe to start, or --resume RUN to go on, one of the two")
+    if resume is not None and directory is not None:
+        raise ConfigError("--resume takes no --out: a run goes on in its folder")
     changes = [*(settings or []), *([f"prompts={prompts}"] if prompts else [])]
-    if resume is not None:
-        if changes or directory:
-            raise ConfigError("--resume takes no --set, --prompts or --out: a run goes on as it began")
-        built, directory = resumed(resume), resume
-    else:
-        assert recipe is not None
+    if recipe is not None:
         built = overrides(find_recipe(recipe), changes)
-        directory = directory or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    elif resume is not None:
+        built = overrides(resumed(resume), changes)
+    else:
+        raise ConfigError("give a recipe to start, or --resume RUN to go on")
+    directory = resume or directory or Path("runs") / f"{Path(str(recipe)).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     out.print(f"run: {directory}", markup=False)
     try:
         report = run(

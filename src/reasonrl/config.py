@@ -275,7 +275,7 @@ def _registered(name: str, roots: Mapping[str, type], *, path: str) -> type:
         allowed = ", ".join(["kind/name", *roots])
         raise ConfigError(
             f"{path}: {name!r} is not registered, recipe.json may construct registered names only"
-            f" ({allowed}): offer it as an entry point, or start from the Python recipe"
+            f" ({allowed}): offer it as an entry point, or name the Python recipe (reasonrl train RECIPE --resume RUN)"
         )
     cls = registry.load(kind, short)
     if not isinstance(cls, type):

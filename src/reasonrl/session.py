@@ -50,6 +50,7 @@ def run(
 
     `experience(start)` replaces rollouts, e.g. by demonstrations. `resume` goes on from the newest checkpoint: final
     weights are bit-identical to an uninterrupted run's, on the same machine and versions.
+    What the recipe changed since is said, and written to run.json.
     """
     directory = Path(directory)
     prompts = recipe.read() if experience is None else ()
@@ -87,7 +88,24 @@ class _Session:
         if not found:
             raise CheckpointError(f"{self.directory}/checkpoints holds no checkpoint: start again without --resume")
         self.finished = checkpoint.restore(found[-1], weights=self.learner.weights, optimizer=self.learner.optimizer)
+        if self.finished > self.recipe.steps:
+            raise ConfigError(
+                f"{self.directory} has finished {self.finished} steps, more than steps={self.recipe.steps}"
+            )
         self.journal.rewind(self.finished)
+        self.record_changes()
+
+    def record_changes(self) -> None:
+        """Says and writes down in which fields the recipe is not the one that the run had."""
+        changes = _changes(_read_json(self.directory / "recipe.json"), to_record(self.recipe, roots=ROOTS))
+        if not changes:
+            return
+        for change in changes:
+            self.progress.say(f"from step {self.finished} on, {change}")
+        facts = _read_json(self.directory / "run.json")
+        facts.setdefault("changed", {}).setdefault(str(self.finished), []).extend(changes)
+        _write_json(self.directory / "run.json", facts)
+        _write_json(self.directory / "recipe.json", to_record(self.recipe, roots=ROOTS))
 
     def run(self, experience: Experience) -> Path:
         """Evaluates, trains, evaluates, reports; whatever stops it, finished steps are saved."""
@@ -235,10 +253,30 @@ def _prepare(directory: Path, recipe: Recipe, *, resume: bool, command: str) -> 
         if directory.exists() and any(directory.iterdir()):
             raise ConfigError(f"{directory} is not empty: use --resume to go on with it, or --out for another folder")
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "recipe.json").write_text(json.dumps(to_record(recipe, roots=ROOTS), indent=1))
-        (directory / "run.json").write_text(json.dumps(about(command), indent=1))
     except OSError as error:
         raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
+    _write_json(directory / "recipe.json", to_record(recipe, roots=ROOTS))
+    _write_json(directory / "run.json", about(command))
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    now = json.loads(json.dumps(now))
+    shown = [{name: json.dumps(value) for name, value in record.items()} for record in (before, now)]
+    return [
+        f"{name} is {shown[1].get(name, 'the default')}, was {shown[0].get(name, 'the default')}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    """Replaces the file whole or not at all."""
+    try:
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(record, indent=1))
+        new.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def about(command: str) -> dict[str, str]:
@@ -255,11 +293,17 @@ def about(command: str) -> dict[str, str]:
 
 def read_recipe(path: Path) -> Recipe:
     """Returns the recipe that a recipe.json describes; it may construct registered names only."""
+    recipe = from_record(_read_json(path), roots=ROOTS)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{path} describes a {type(recipe).__name__}, not a recipe")
+    return recipe
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    recipe = from_record(record, roots=ROOTS)
-    if not isinstance(recipe, Recipe):
-        raise ConfigError(f"{path} describes a {type(recipe).__name__}, not a recipe")
-    return recipe
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds a {type(record).__name__}, not a recipe's record")
+    return record
