@@ -306,7 +306,7 @@ def test_an_unregistered_class_is_written_down_and_refused_on_load() -> None:
     assert refusal(lambda: from_record(record, roots=ROOTS)) == (
         f"record.part: '{__name__}:Part' is not registered, recipe.json may construct registered"
         " names only (kind/name, whole): offer it as an entry point,"
-        " or start from the Python recipe"
+        " or name the Python recipe (reasonrl train RECIPE --resume RUN)"
     )
 
 
