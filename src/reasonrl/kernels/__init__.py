@@ -1,21 +1,21 @@
-"""The only door to the hot path: log-probs, advantages, policy loss. Plain torch today (`reference`)."""
+"""The only door to the hot path: log-probs, advantages, policy loss. Triton on CUDA, blocks of torch elsewhere.
 
-from reasonrl.kernels.reference import (
-    LogProbs,
-    clipped_surrogate,
-    group_advantages,
-    guided_logits,
-    k3,
-    log_softmax,
-    selective_log_prob,
-)
+`reference` is the specification in plain torch; every backend is tested against it in float64.
+"""
+
+from reasonrl.kernels.log_probs import linear_log_prob, linear_logits, selective_log_prob
+from reasonrl.kernels.policy import PolicyLoss, group_advantages, masked_aggregate, policy_loss
+from reasonrl.kernels.reference import LogProbs, guided_logits, log_softmax
 
 __all__ = [
     "LogProbs",
-    "clipped_surrogate",
+    "PolicyLoss",
     "group_advantages",
     "guided_logits",
-    "k3",
+    "linear_log_prob",
+    "linear_logits",
     "log_softmax",
+    "masked_aggregate",
+    "policy_loss",
     "selective_log_prob",
 ]

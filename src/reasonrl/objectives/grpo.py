@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, final
 
-import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
 from reasonrl.interfaces import Objective
-from reasonrl.kernels import clipped_surrogate, group_advantages, k3
+from reasonrl.kernels import group_advantages, policy_loss
 from reasonrl.types import Loss, Replay, Rewards, Stage
 
 
@@ -60,23 +59,24 @@ class GRPO(Objective):
         """Returns the clipped surrogate plus kl × k3, summed over trained actions."""
         assert replay.log_probs is not None
         assert replay.entropy is not None
-        mask = stage.mask
-        live = replay.log_probs[mask]
-        old = live.detach() if stage.log_probs is None else stage.log_probs[mask]
-        advantages = stage.advantages[:, None].expand_as(mask)[mask]
+        live = replay.log_probs
         high = self.clip if self.clip_high is None else self.clip_high
-        surrogate, clipped = clipped_surrogate(live, old, advantages, low=self.clip, high=high)
-        total = surrogate.sum()
+        found = policy_loss(
+            live,
+            live if stage.log_probs is None else stage.log_probs,
+            stage.advantages,
+            stage.mask,
+            reference_log_prob=frozen["reference"].log_probs if self.kl else None,
+            clip=(self.clip, high),
+            kl_coef=self.kl,
+            agg="const",  # a sum: the loop divides by the step's count
+        )
         metrics = {
-            "surrogate": surrogate.detach().sum(),
-            "clip_frac": clipped.float().sum(),
-            "ratio": (live.detach() - old).exp().sum(),
-            "entropy": replay.entropy[mask].sum(),
+            "surrogate": found.metrics["surrogate"],
+            "clip_frac": found.metrics["clip_low"] + found.metrics["clip_high"],
+            "ratio": found.metrics["ratio"],
+            "entropy": replay.entropy.detach()[stage.mask].sum(),
         }
         if self.kl:
-            reference = frozen["reference"].log_probs
-            assert reference is not None
-            divergence = k3(live, reference[mask])
-            total = total + self.kl * divergence.sum()
-            metrics["kl"] = divergence.detach().sum()
-        return Loss(total, {k: torch.as_tensor(v) for k, v in metrics.items()})
+            metrics["kl"] = found.metrics["kl"]
+        return Loss(found.loss, metrics)

@@ -14,7 +14,7 @@ from attrs import define, frozen
 from torch import Tensor, nn
 
 from reasonrl.errors import CheckpointError, ConfigError
-from reasonrl.kernels import selective_log_prob
+from reasonrl.kernels import linear_log_prob, linear_logits
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
@@ -84,24 +84,30 @@ class JanusModule(nn.Module):
         if bool(text_at.any()):
             # The token at position t is predicted by the hidden state at t - 1.
             states = hidden[:, : text.shape[1] - 1][text_at[:, 1:]]
-            found = selective_log_prob(
-                self.model.lm_head(states),
+            head = self.model.lm_head
+            found = linear_log_prob(
+                states,
+                head.weight,
                 text[:, 1:][text_at[:, 1:]],
+                bias=head.bias,
                 temperature=temperature,
                 return_entropy=entropy,
             )
             out["reasoning"] = (found.log_prob, found.entropy)
         if has_image:
             where = _image_positions(lengths, image.shape[1])
-            logits = self._image_logits(hidden, where, image_at)
+            states = self._image_states(hidden, where, image_at)
             uncond = None
             if guidance != 1.0:
                 other = self._hidden(self.unconditional(text, lengths), image, lengths)
-                uncond = self._image_logits(other, where, image_at)
-            found = selective_log_prob(
-                logits,
+                uncond = self._image_states(other, where, image_at)
+            head = self.model.model.generation_head.vision_head
+            found = linear_log_prob(
+                states,
+                head.weight,
                 image[image_at],
-                uncond_logits=uncond,
+                bias=head.bias,
+                uncond_hidden=uncond,
                 cfg_weight=guidance,
                 temperature=temperature,
                 return_entropy=entropy,
@@ -119,9 +125,26 @@ class JanusModule(nn.Module):
         """Returns (..., D) input embeddings of image tokens."""
         return self.model.prepare_embeddings_for_image_generation(tokens)
 
-    def _image_logits(self, hidden: Tensor, where: Tensor, image_at: Tensor) -> Tensor:
+    def text_logits(self, states: Tensor) -> Tensor:
+        """Returns (N, V) float32 logits of the next word, as `forward` replays them; no gradient."""
+        head = self.model.lm_head
+        return linear_logits(states, head.weight, bias=head.bias)
+
+    def image_logits(self, states: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+        """Returns (N, V) float32 guided logits of the next image token, as `forward` replays them; no gradient."""
+        head = self.model.model.generation_head.vision_head
+        other = None if uncond is None else self._before_head(uncond)
+        found = self._before_head(states)
+        return linear_logits(found, head.weight, bias=head.bias, uncond_hidden=other, cfg_weight=guidance)
+
+    def _before_head(self, states: Tensor) -> Tensor:
+        """Returns what the image head's last linear layer reads: guidance mixes there, where logits are linear."""
+        head = self.model.model.generation_head
+        return head.activation_fn(head.proj_out(states))
+
+    def _image_states(self, hidden: Tensor, where: Tensor, image_at: Tensor) -> Tensor:
         states = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.model.model.generation_head(states[image_at])
+        return self._before_head(states[image_at])
 
     def _hidden(self, text: Tensor, image: Tensor, lengths: Tensor) -> Tensor:
         """Returns (N, L + T, D) states of text rows each followed at once by its image tokens.

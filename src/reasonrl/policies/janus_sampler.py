@@ -77,7 +77,7 @@ class Sampler:
         writing = torch.ones(num_rows, dtype=torch.bool, device=uniforms.device)
         ended = torch.zeros_like(writing)
         for t in range(most):
-            every = log_softmax(self.module.model.lm_head(branch.state), temperature=self.temperature)
+            every = log_softmax(self.module.text_logits(branch.state), temperature=self.temperature)
             token = choose(every, uniforms[:, t])
             must = ended | torch.full_like(ended, t == most - 1)
             token = torch.where(must, begin, token)
@@ -101,18 +101,13 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Draws every image token from the guided distribution; both branches read the token that was drawn."""
         num_rows, num_tokens = uniforms.shape
-        head = self.module.model.model.generation_head
         everyone = torch.ones(num_rows, dtype=torch.bool, device=uniforms.device)
         ids = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=uniforms.device)
         log_probs = torch.zeros(num_rows, num_tokens, device=uniforms.device)
         branch.state = states
         for t in range(num_tokens):
-            every = log_softmax(
-                head(branch.state),
-                uncond_logits=None if blind is None else head(blind.state),
-                cfg_weight=self.guidance,
-                temperature=self.temperature,
-            )
+            logits = self.module.image_logits(branch.state, None if blind is None else blind.state, self.guidance)
+            every = log_softmax(logits, temperature=self.temperature)
             ids[:, t] = choose(every, uniforms[:, t])
             log_probs[:, t] = every.gather(1, ids[:, t, None]).squeeze(1).float()
             if t + 1 < num_tokens:

@@ -1,0 +1,27 @@
+"""Which backend runs: Triton on CUDA, torch elsewhere. Never a silent fallback."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+from torch import Tensor
+
+from reasonrl.errors import ConfigError
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def uses_triton(backend: Backend, tensor: Tensor) -> bool:
+    """Returns whether Triton runs this; raises ConfigError for a backend that cannot."""
+    if backend not in ("auto", "torch", "triton"):
+        raise ConfigError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
+        return False
+    if not tensor.is_cuda:
+        raise ConfigError(
+            f"backend='triton' needs tensors on a CUDA device, got {tensor.device}: move them, or leave backend='auto'"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("Triton is not installed and the tensors are on CUDA: pip install triton, or backend='torch'")
+    return True
