@@ -1,11 +1,15 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before triton is imported: it decides when a kernel is decorated
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from reasonrl import Judge, Objective, PointwiseJudge, Recipe, Trajectory, hooks
 from reasonrl.objectives import GRPO

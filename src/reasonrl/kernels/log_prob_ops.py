@@ -214,10 +214,10 @@ def _backward(
     head = _Head(hidden, weight, bias, low_hidden, low_weight, rounded)
     cuts = _plan(hidden, weight, workspace, item=4 + weight.element_size(), learns_weight=needs_weight)
     to_hidden = _Sum.of(hidden, needs_hidden, cuts.cols >= len(weight))
-    to_weight = _Sum.of(weight, needs_weight, cuts.rows >= len(hidden))
+    to_weight = _Sum.of(weight, needs_weight, 0 < len(hidden) <= cuts.rows)
     to_bias = torch.zeros_like(bias, dtype=top.dtype) if needs_bias else None
     to_low_hidden = _Sum.of(low_hidden, needs_low_hidden, cuts.cols >= len(weight))
-    to_low_weight = _Sum.of(low_weight, needs_low_weight, cuts.rows >= len(hidden))
+    to_low_weight = _Sum.of(low_weight, needs_low_weight, 0 < len(hidden) <= cuts.rows)
     room = head.room(cuts)
     for v0, v1, r0, r1 in cuts.blocks(len(hidden), len(weight)):
         z = head.logits(room, v0, v1, r0, r1)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 from reasonrl.errors import ContractError
@@ -15,8 +14,7 @@ from reasonrl.kernels.backend import Backend, uses_triton
 from reasonrl.kernels.reference import Aggregate, Baseline, Divergence, Ratio, Scale
 
 
-@frozen(eq=False)
-class PolicyLoss:
+class PolicyLoss(NamedTuple):
     """A loss to differentiate, and sums over the trained actions without gradient: divide by mask.sum()."""
 
     loss: Tensor

@@ -5,10 +5,9 @@ Written for reading and for float64; it holds every logit, and autograd differen
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 Scale = Literal["std", "batch_std", "none"]
@@ -19,8 +18,7 @@ Ratio = Literal["token", "sequence"]
 IGNORED = -100
 
 
-@frozen(eq=False)
-class LogProbs:
+class LogProbs(NamedTuple):  # a tuple, since torch.compile cannot trace a frozen attrs class
     """Log-probability, entropy if asked for, and log-sum-exp of each position, float32 nats; 0 where masked."""
 
     log_prob: Tensor
