@@ -24,6 +24,7 @@ COMMANDS = {
     "check": "Check that a component keeps its promises.",
     "report": "Write a run's report, one self-contained page.",
     "doctor": "Check a recipe before money is spent.",
+    "bench": "Measure this machine, beside the peers that are installed on it.",
 }
 PROMPT = "a red circle"
 RECIPE = """
@@ -181,6 +182,9 @@ def test_shipped_components_pass_their_own_check(reasonrl: Command, component: s
         (["train", "--resume", "r", "--out", "s"], ["ConfigError", "--resume takes no --out"]),
         (["train", "nowhere.py"], ["ConfigError", "no recipe file at nowhere.py"]),
         (["doctor", "nowhere.py"], ["ConfigError", "no recipe file at nowhere.py"]),
+        (["bench", "kernels", "--rows", "512,many"], ["ConfigError", "--rows takes whole numbers", "got many"]),
+        (["bench", "kernels", "--device", "abacus"], ["ConfigError", "cannot measure on abacus: this machine has c"]),
+        (["bench", "kernels", "--tables", "heads"], ["ConfigError", "--tables takes logits, linear, guidance"]),
         (["sample", "./nowhere", PROMPT], ["CheckpointError", "no checkpoint at ./nowhere"]),
         (["sample", "/no/where", PROMPT], ["CheckpointError", "no checkpoint at /no/where"]),
         (["sample", "nowhere", PROMPT], ["CheckpointError", "no checkpoint at nowhere"]),
@@ -513,3 +517,19 @@ def test_doctor_survives_reasoning_that_is_forced_to_its_last_token(reasonrl: Co
     said = reasonrl("doctor", recipe, "--set", "policy.max_tokens=1")
     assert said.code in (0, 1)
     assert "stage image: replayed" in said.out
+
+
+# ---- bench ----
+
+
+def test_bench_prints_a_table_and_writes_json(reasonrl: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reasonrl.bench import kernels
+
+    monkeypatch.setattr(kernels, "CONTENDERS", [c for c in kernels.CONTENDERS if c.name == "reasonrl"])
+    options = ["--tables", "linear", "--rows", 16, "--vocab", 100, "--width", 8, "--seconds", 0, "--device", "cpu"]
+    said = reasonrl("bench", "kernels", *options, "--out", "kernels.json")
+    assert said.code == 0
+    assert "log-probs from hidden states and a head: N=16 V=100 H=8, bfloat16" in said.out
+    assert "peak: copy" in said.out
+    (row,) = json.loads(Path("kernels.json").read_text())["rows"]
+    assert row["errors"]["log_prob"] < 5e-5

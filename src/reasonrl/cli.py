@@ -1,4 +1,4 @@
-"""The command line: train, sample, plugins, check, report."""
+"""The command line: train, sample, plugins, check, doctor, bench, report."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench = typer.Typer(help="Measure this machine, beside the peers that are installed on it.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 out = Console(highlight=False)
 
 
@@ -187,6 +189,54 @@ def doctor(
         out.print(f"{'ok  ' if finding.ok else 'SICK'} {finding.text}", markup=False, soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: a GPU where there is one.")] = None,
+    tables: Annotated[str, typer.Option(help="Which of logits, linear, guidance.")] = "logits,linear,guidance",
+    rows: Annotated[str, typer.Option(help="Tokens N: 512,2048. Default: 512, on a GPU 8192 to 65536.")] = "",
+    vocab: Annotated[str, typer.Option(help="Words V. Default: 16384,102400, the heads of Janus-Pro.")] = "",
+    width: Annotated[str, typer.Option(help="Width H. Default: 2048, on a GPU 4096 too.")] = "",
+    least_s: Annotated[float, typer.Option("--seconds", min=0.0, help="Repeat each call for so long.")] = 1.0,
+    path: Annotated[Path, typer.Option("--out", help="The JSON to write.")] = Path("bench-kernels.json"),
+) -> None:
+    """Time log-probs, policy loss and advantages.
+
+    Beside torch, torch.compile, and trl, liger-kernel and cut-cross-entropy where they are installed: time, rate,
+    share of this machine's measured ceiling, memory beyond operands and gradients, error against float64.
+    """
+    import torch
+
+    from reasonrl.bench import kernels
+
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if device is not None and device.partition(":")[0] not in here:
+        raise ConfigError(f"cannot measure on {device}: this machine has {' and '.join(here)}")
+    result = kernels.run(
+        kernels.named(tables),
+        device=torch.device(device or here[-1]),
+        rows=whole_numbers("--rows", rows),
+        vocab=whole_numbers("--vocab", vocab),
+        width=whole_numbers("--width", width),
+        least_s=least_s,
+    )
+    kernels.write(result, path)
+    for table in kernels.rendered(result):
+        Console(width=max(out.width, 130)).print(table, "")
+    limits = result["ceilings"]
+    products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in limits["products"].items())
+    out.print(f"peak: copy {limits['copy'] / 1e9:.3g} GB/s, products {products}", markup=False, soft_wrap=True)
+    out.print(f"wrote {path}", markup=False)
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Returns the numbers of "512,2048"; raises ConfigError for what is none."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in parts if not part.isdecimal()]
+    if wrong:
+        raise ConfigError(f"{option} takes whole numbers with commas between them, got {', '.join(wrong)}")
+    return [int(part) for part in parts]
 
 
 def find_recipe(name: str) -> Recipe:

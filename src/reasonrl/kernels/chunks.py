@@ -52,12 +52,13 @@ def plan(num_rows: int, vocab: int, width: int, *, workspace: int, item: int, le
 
 
 def cpu_plan(num_rows: int, vocab: int, width: int, *, workspace: int) -> Plan:
-    """Returns the plan for a CPU: many rows and few words, since a float32 slice of the weight is in the block too.
+    """Returns the plan for a CPU: many rows and few words, since float32 copies of the operands are in the block too.
 
-    A block costs rows·cols·8 (logits and their exponentials) and cols·width·8 (slice and its gradient).
+    The rows' copy takes rows·width·4; a block of words rows·cols·8 (logits and their exponentials) and cols·width·8
+    (the slice of the weight, and oneDNN's copy of it). Few row blocks keep the weight's gradient a single product.
     """
     rows = min(max(num_rows, 1), 2048)
-    cols = _aligned(workspace // (8 * (rows + width)), vocab)
+    cols = _aligned(max(workspace - 4 * rows * width, 0) // (8 * (rows + width)), vocab)
     return Plan(rows, cols or min(vocab, ALIGN))
 
 

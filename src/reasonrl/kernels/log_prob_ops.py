@@ -11,10 +11,10 @@ from torch import Tensor
 from reasonrl.kernels import epilogue
 from reasonrl.kernels.chunks import Plan, cpu_plan, plan
 from reasonrl.kernels.epilogue import Guidance, Results, Statistics
-from reasonrl.kernels.matmul import add_product, product
+from reasonrl.kernels.head import GradientSum, Head
 
-ROW_BLOCK = 2**22
-"""Logits that the torch backend widens at once, on either device."""
+ROW_BLOCK = 2**20
+"""Logits that the torch backend widens at once: 4 MB, which a processor's cache holds."""
 
 
 @torch.library.custom_op("reasonrl::logits_log_prob", mutates_args=())
@@ -135,17 +135,16 @@ def linear_log_prob(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns log-prob, entropy, top and log-total (N,) of the logits hidden Wᵀ + b + uBᵀ, which are never held."""
-    head = _Head(hidden, weight, bias, low_hidden, low_weight, rounded)
     cuts = _plan(hidden, weight, workspace, item=4, learns_weight=False)
+    head = Head(hidden, weight, low_hidden, low_weight, cuts, rounded=rounded)
     state = Statistics.empty(len(hidden), hidden)
     results = Results(state.spread, state.spread, state.top, state.total)
     if triton:
         from reasonrl.kernels import triton_log_prob
 
         results = triton_log_prob.empty_results(len(hidden), hidden.device)
-    room = head.room(cuts)
     for v0, v1, r0, r1 in cuts.blocks(len(hidden), len(weight)):
-        z = head.logits(room, v0, v1, r0, r1)
+        z = head.logits(v0, v1, r0, r1)
         part = state.rows(r0, r1)
         if triton:
             here = Results(*(v[r0:r1] for v in (results.log_prob, results.entropy, results.top, results.log_total)))
@@ -211,16 +210,15 @@ def _backward(
     log_total, workspace, rounded, needed, triton,
 ):  # fmt: skip
     needs_hidden, needs_weight, needs_bias, needs_low_hidden, needs_low_weight = needed
-    head = _Head(hidden, weight, bias, low_hidden, low_weight, rounded)
     cuts = _plan(hidden, weight, workspace, item=4 + weight.element_size(), learns_weight=needs_weight)
-    to_hidden = _Sum.of(hidden, needs_hidden, cuts.cols >= len(weight))
-    to_weight = _Sum.of(weight, needs_weight, 0 < len(hidden) <= cuts.rows)
+    head = Head(hidden, weight, low_hidden, low_weight, cuts, rounded=rounded)
+    to_hidden = GradientSum.of(hidden, needs_hidden, cuts.cols >= len(weight))
+    to_weight = GradientSum.of(weight, needs_weight, 0 < len(hidden) <= cuts.rows)
     to_bias = torch.zeros_like(bias, dtype=top.dtype) if needs_bias else None
-    to_low_hidden = _Sum.of(low_hidden, needs_low_hidden, cuts.cols >= len(weight))
-    to_low_weight = _Sum.of(low_weight, needs_low_weight, 0 < len(hidden) <= cuts.rows)
-    room = head.room(cuts)
+    to_low_hidden = GradientSum.of(low_hidden, needs_low_hidden, cuts.cols >= len(weight))
+    to_low_weight = GradientSum.of(low_weight, needs_low_weight, 0 < len(hidden) <= cuts.rows)
     for v0, v1, r0, r1 in cuts.blocks(len(hidden), len(weight)):
-        z = head.logits(room, v0, v1, r0, r1)
+        z = head.logits(v0, v1, r0, r1)
         found = Results(*(v[r0:r1] for v in (top, entropy, top, log_total)))
         each = [None if g is None else g[r0:r1] for g in (grad_log_prob, grad_entropy)]
         part_bias = None if bias is None else bias[v0:v1]
@@ -279,75 +277,6 @@ def _linear_gradients(ctx, grad_log_prob, grad_entropy, *_):
 
 
 linear_log_prob.register_autograd(_linear_gradients, setup_context=_linear_setup)
-
-
-class _Head:
-    """Makes blocks of logits."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low_hidden: Tensor | None,
-        low_weight: Tensor | None,
-        rounded: bool,
-    ) -> None:
-        self.weight, self.low_hidden, self.low_weight = weight, low_hidden, low_weight
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.rounded = rounded and weight.dtype != self.dtype
-        self.operand = hidden.to(weight.dtype)
-        # Finer than the weight: what rounding took away is multiplied too, hi Wᵀ + lo Wᵀ.
-        self.rest = None if hidden.dtype == weight.dtype else (hidden - self.operand).to(weight.dtype)
-
-    def room(self, cuts: Plan) -> Tensor:
-        """Returns the memory that every block of logits is made in."""
-        most = min(cuts.rows, len(self.operand)) * min(cuts.cols, len(self.weight))
-        return torch.empty(most, dtype=self.weight.dtype if self.rounded else self.dtype, device=self.weight.device)
-
-    def logits(self, room: Tensor, v0: int, v1: int, r0: int, r1: int) -> Tensor:
-        """Returns (R, C) logits without bias, in float32 unless rounded."""
-        z = room[: (r1 - r0) * (v1 - v0)].view(r1 - r0, v1 - v0)
-        columns = self.weight[v0:v1].T
-        if self.rounded:
-            return torch.mm(self.operand[r0:r1], columns, out=z)
-        product(self.operand[r0:r1], columns, z)
-        if self.rest is not None:
-            add_product(z, self.rest[r0:r1], columns)
-        if self.low_hidden is not None and self.low_weight is not None:
-            z.addmm_(self.low_hidden[r0:r1].to(z.dtype), self.low_weight[v0:v1].to(z.dtype).T)
-        return z
-
-
-class _Sum:
-    """A gradient that blocks add to: in float32, or written once where one block makes all of it."""
-
-    def __init__(self, like: Tensor | None, total: Tensor | None, *, once: bool) -> None:
-        self.like, self.total, self.once = like, total, once
-
-    @classmethod
-    def of(cls, like: Tensor | None, needed: bool, once: bool) -> _Sum:
-        if like is None or not needed:
-            return cls(None, None, once=once)
-        dtype = like.dtype if once or like.dtype == torch.float64 else torch.float32
-        made = torch.empty if once else torch.zeros
-        return cls(like, made(like.shape, dtype=dtype, device=like.device), once=once)
-
-    def add(self, start: int, stop: int, left: Tensor, right: Tensor) -> None:
-        if self.total is None:
-            return
-        part = self.total[start:stop]
-        if not self.once:
-            add_product(part, left, right)
-        elif part.dtype in (left.dtype, torch.float32):
-            product(left, right, part)
-        else:
-            part.copy_(left @ right)
-
-    def done(self, of: Tensor) -> Tensor:
-        if self.total is None or self.like is None:
-            return of.new_empty(0)  # a new one each time: an operator's outputs may not share memory
-        return self.total.to(self.like.dtype)
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int, *, item: int, learns_weight: bool) -> Plan:
