@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from reasonrl.errors import ConfigError
@@ -25,3 +27,8 @@ def uses_triton(backend: Backend, tensor: Tensor) -> bool:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("Triton is not installed and the tensors are on CUDA: pip install triton, or backend='torch'")
     return True
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Returns the context Triton is launched in: it takes the current device, whatever its arguments live on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

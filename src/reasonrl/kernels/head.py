@@ -33,14 +33,14 @@ class Head:
         if hidden.dtype != weight.dtype:
             # Finer than the weight: what rounding took away is multiplied too, hi Wᵀ + lo Wᵀ.
             self._parts.append(_Copy((hidden - self.operand).to(weight.dtype), cuts.rows, lifted))
-        most = min(cuts.rows, len(hidden)) * min(cuts.cols, len(weight))
-        self._room = torch.empty(most, dtype=weight.dtype if self.rounded else self.dtype, device=weight.device)
+        self.most = min(cuts.rows, len(hidden)) * min(cuts.cols, len(weight))
+        self._room = torch.empty(self.most, dtype=weight.dtype if self.rounded else self.dtype, device=weight.device)
 
     def logits(self, v0: int, v1: int, r0: int, r1: int) -> Tensor:
         """Returns (R, C) logits without bias, in float32 unless rounded."""
         z = self._room[: (r1 - r0) * (v1 - v0)].view(r1 - r0, v1 - v0)
         columns = self._weight.rows(v0, v1).T
-        with exact_products(self.operand.dtype):
+        with exact_products(self.operand):
             for num, part in enumerate(self._parts):
                 product(part.rows(r0, r1), columns, z, add=num > 0)
         if self.low_hidden is not None and self.low_weight is not None:

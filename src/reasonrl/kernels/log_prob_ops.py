@@ -217,6 +217,7 @@ def _backward(
     to_bias = torch.zeros_like(bias, dtype=top.dtype) if needs_bias else None
     to_low_hidden = GradientSum.of(low_hidden, needs_low_hidden, cuts.cols >= len(weight))
     to_low_weight = GradientSum.of(low_weight, needs_low_weight, 0 < len(hidden) <= cuts.rows)
+    room = torch.empty(head.most if triton else 0, dtype=weight.dtype, device=weight.device)
     for v0, v1, r0, r1 in cuts.blocks(len(hidden), len(weight)):
         z = head.logits(v0, v1, r0, r1)
         found = Results(*(v[r0:r1] for v in (top, entropy, top, log_total)))
@@ -225,7 +226,7 @@ def _backward(
         if triton:
             from reasonrl.kernels import triton_log_prob
 
-            dz = torch.empty(z.shape, dtype=weight.dtype, device=z.device)
+            dz = room[: z.numel()].view(z.shape)
             triton_log_prob.gradient(
                 z, target[r0:r1], heat[r0:r1], found, each[0], each[1], dz, first=v0, bias=part_bias
             )
@@ -255,7 +256,11 @@ def _without_underflow(grad_log_prob, grad_entropy, *rest):
     largest = torch.stack([g.abs().amax() if len(g) else g.sum() for g in given]).amax().clamp(min=1e-30)
     scale = torch.exp2(-largest.log2().floor())
     scaled = [None if g is None else g * scale for g in (grad_log_prob, grad_entropy)]
-    return tuple((value.float() / scale).to(value.dtype) for value in _backward(*scaled, *rest))
+    found = _backward(*scaled, *rest)
+    for value in found:
+        for part in value.split(4096):  # float32 copies, of a few rows at a time
+            part.copy_(part.float() / scale)
+    return found
 
 
 def _linear_setup(ctx, inputs, output):

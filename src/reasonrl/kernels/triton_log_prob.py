@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reasonrl.kernels.backend import on_device_of
 from reasonrl.kernels.epilogue import Guidance, Results, Statistics
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -156,14 +157,15 @@ def fold(
         return
     uncond, weight = (z, 1.0) if guidance is None else (guidance.uncond, guidance.weight)
     block, warps = _fold_block(z.shape[1])
-    _fold[(z.shape[0],)](
-        z, uncond, z if bias is None else bias, target, heat,
-        state.top, state.total, state.spread, state.picked,
-        results.log_prob, results.entropy, results.top, results.log_total,
-        first, z.shape[1], z.stride(0), uncond.stride(0), weight,
-        GUIDED=guidance is not None, BIASED=bias is not None, ENTROPY=entropy,
-        FRESH=fresh, LAST=last, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    with on_device_of(z):
+        _fold[(z.shape[0],)](
+            z, uncond, z if bias is None else bias, target, heat,
+            state.top, state.total, state.spread, state.picked,
+            results.log_prob, results.entropy, results.top, results.log_total,
+            first, z.shape[1], z.stride(0), uncond.stride(0), weight,
+            GUIDED=guidance is not None, BIASED=bias is not None, ENTROPY=entropy,
+            FRESH=fresh, LAST=last, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
 
 
 def gradient(
@@ -186,13 +188,14 @@ def gradient(
     uncond, weight = (z, 1.0) if guidance is None else (guidance.uncond, guidance.weight)
     second = out if out_uncond is None else out_uncond
     block = min(4096, triton.next_power_of_2(z.shape[1]))
-    _gradient[(z.shape[0], triton.cdiv(z.shape[1], block))](
-        z, uncond, z if bias is None else bias, target, heat, found.top, found.log_total, found.entropy,
-        heat if grad_log_prob is None else grad_log_prob, heat if grad_entropy is None else grad_entropy,
-        out, second, first, z.shape[1], z.stride(0), uncond.stride(0), out.stride(0), second.stride(0), weight,
-        GUIDED=guidance is not None, BIASED=bias is not None, PROB=grad_log_prob is not None,
-        ENTROPY=grad_entropy is not None, UNCOND=out_uncond is not None, BLOCK=block, num_warps=8,
-    )  # fmt: skip
+    with on_device_of(z):
+        _gradient[(z.shape[0], triton.cdiv(z.shape[1], block))](
+            z, uncond, z if bias is None else bias, target, heat, found.top, found.log_total, found.entropy,
+            heat if grad_log_prob is None else grad_log_prob, heat if grad_entropy is None else grad_entropy,
+            out, second, first, z.shape[1], z.stride(0), uncond.stride(0), out.stride(0), second.stride(0), weight,
+            GUIDED=guidance is not None, BIASED=bias is not None, PROB=grad_log_prob is not None,
+            ENTROPY=grad_entropy is not None, UNCOND=out_uncond is not None, BLOCK=block, num_warps=8,
+        )  # fmt: skip
 
 
 def _fold_block(num_cols: int) -> tuple[int, int]:

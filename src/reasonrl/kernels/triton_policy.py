@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reasonrl.kernels.backend import on_device_of
+
 KINDS = {"k1": 1, "k2": 2, "k3": 3}
 NUM_SUMS = 5
 """Per sequence: surrogate, ratio, clip_low, clip_high, kl."""
@@ -119,14 +121,15 @@ def policy_terms(
     sums = log_prob.new_zeros(num_rows, NUM_SUMS)
     if log_prob.numel() == 0:
         return loss, slope, sums
-    _policy[(num_rows,)](
-        log_prob, old, advantages, mask.to(torch.uint8),
-        log_prob if reference is None else reference, log_prob if entropy is None else entropy,
-        loss, slope, sums, num_tokens, low, high, 0.0 if dual is None else dual, kl_coef, entropy_coef,
-        SEQUENCE=sequence, DUAL=dual is not None, KL=0 if reference is None else KINDS[kl],
-        ENTROPY=entropy is not None, TOKEN_ADVANTAGE=advantages.dim() == 2,
-        BLOCK=min(1024, triton.next_power_of_2(num_tokens)), num_warps=4,
-    )  # fmt: skip
+    with on_device_of(log_prob):
+        _policy[(num_rows,)](
+            log_prob, old, advantages, mask.to(torch.uint8),
+            log_prob if reference is None else reference, log_prob if entropy is None else entropy,
+            loss, slope, sums, num_tokens, low, high, 0.0 if dual is None else dual, kl_coef, entropy_coef,
+            SEQUENCE=sequence, DUAL=dual is not None, KL=0 if reference is None else KINDS[kl],
+            ENTROPY=entropy is not None, TOKEN_ADVANTAGE=advantages.dim() == 2,
+            BLOCK=min(1024, triton.next_power_of_2(num_tokens)), num_warps=4,
+        )  # fmt: skip
     return loss, slope, sums
 
 
@@ -208,9 +211,10 @@ def group_advantages(
     out = torch.zeros(len(rewards), dtype=torch.float32, device=rewards.device)
     counted = torch.zeros(len(rewards), dtype=torch.uint8, device=rewards.device)
     if len(rewards):
-        _advantages[(len(sizes),)](
-            wide, scored.to(torch.uint8), order, starts, batch, out, counted, ddof, eps, tolerance,
-            BASELINE=("mean", "loo", "none").index(baseline), SCALE=("none", "std", "batch_std").index(scale),
-            BLOCK=32, num_warps=1,
-        )  # fmt: skip
+        with on_device_of(rewards):
+            _advantages[(len(sizes),)](
+                wide, scored.to(torch.uint8), order, starts, batch, out, counted, ddof, eps, tolerance,
+                BASELINE=("mean", "loo", "none").index(baseline), SCALE=("none", "std", "batch_std").index(scale),
+                BLOCK=32, num_warps=1,
+            )  # fmt: skip
     return out, counted.bool()
