@@ -29,10 +29,7 @@ class Head:
         # A CPU's product has its operands' dtype: float32 logits need float32 copies, of a block and no more.
         lifted = self.dtype if not (self.rounded or weight.is_cuda) else weight.dtype
         self._weight = _Copy(weight, cuts.cols, lifted)
-        self._parts = [_Copy(self.operand, cuts.rows, lifted)]
-        if hidden.dtype != weight.dtype:
-            # Finer than the weight: what rounding took away is multiplied too, hi Wᵀ + lo Wᵀ.
-            self._parts.append(_Copy((hidden - self.operand).to(weight.dtype), cuts.rows, lifted))
+        self._parts = [_Copy(part, cuts.rows, lifted) for part in self._in_parts(hidden, weight)]
         self.most = min(cuts.rows, len(hidden)) * min(cuts.cols, len(weight))
         self._room = torch.empty(self.most, dtype=weight.dtype if self.rounded else self.dtype, device=weight.device)
 
@@ -40,12 +37,28 @@ class Head:
         """Returns (R, C) logits without bias, in float32 unless rounded."""
         z = self._room[: (r1 - r0) * (v1 - v0)].view(r1 - r0, v1 - v0)
         columns = self._weight.rows(v0, v1).T
-        with exact_products(self.operand):
+        with exact_products(self._parts[0].source):
             for num, part in enumerate(self._parts):
                 product(part.rows(r0, r1), columns, z, add=num > 0)
         if self.low_hidden is not None and self.low_weight is not None:
             z.addmm_(self.low_hidden[r0:r1].to(z.dtype), self.low_weight[v0:v1].to(z.dtype).T)
         return z
+
+    def _in_parts(self, hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        """Returns what adds up to hidden and can be multiplied with the weight.
+
+        Float32 states have 24 bits, bfloat16 ones 8: on CUDA three of these hold them all. Float16 has
+        11: two hold all but the last two.
+        """
+        if hidden.dtype == weight.dtype or self.rounded:
+            return [self.operand]
+        if not weight.is_cuda:
+            return [hidden]
+        parts, rest = [], hidden
+        for _ in range(2 if weight.dtype == torch.float16 else 3):
+            parts.append(rest.to(weight.dtype))
+            rest = rest - parts[-1]
+        return parts
 
 
 class _Copy:

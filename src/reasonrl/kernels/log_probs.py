@@ -84,9 +84,9 @@ def linear_log_prob(
     both heads at once, at half the cost; for a head of several layers these are the states before its last one.
     A weight that needs no gradient costs none. Products accumulate in float32.
 
-    `precision`: "default" multiplies in hidden's dtype. "exact" keeps a mixed hidden in float32, as two bfloat16
-    products where the weight is bfloat16. "fast" also rounds the logits to hidden's dtype: 0.01 to 0.03 nats of
-    error. `workspace_bytes` bounds the block; None = 16 MiB on a CPU, 2% of the device's memory up to 2 GiB on CUDA.
+    `precision`: "default" multiplies in hidden's dtype. "exact" keeps a mixed hidden in float32, on CUDA as three
+    bfloat16 products where the weight is bfloat16. "fast" also rounds the logits to hidden's dtype: 0.01 to 0.03 nats
+    of error. `workspace_bytes` bounds the block; None = 16 MiB on a CPU, 2% of the device up to 2 GiB on CUDA.
     Else as `selective_log_prob`; no gradient of a gradient. Raises ContractError.
     """
     low_hidden, low_weight = low_rank or (None, None)
