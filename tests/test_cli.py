@@ -184,6 +184,7 @@ def test_shipped_components_pass_their_own_check(reasonrl: Command, component: s
         (["doctor", "nowhere.py"], ["ConfigError", "no recipe file at nowhere.py"]),
         (["bench", "kernels", "--rows", "512,many"], ["ConfigError", "--rows takes whole numbers", "got many"]),
         (["bench", "kernels", "--device", "abacus"], ["ConfigError", "cannot measure on abacus: this machine has c"]),
+        (["bench", "kernels", "--only", "us"], ["ConfigError", "no contender begins with 'us'", "torch eager"]),
         (["bench", "kernels", "--tables", "heads"], ["ConfigError", "--tables takes logits, linear, guidance"]),
         (["sample", "./nowhere", PROMPT], ["CheckpointError", "no checkpoint at ./nowhere"]),
         (["sample", "/no/where", PROMPT], ["CheckpointError", "no checkpoint at /no/where"]),
@@ -335,7 +336,7 @@ def test_a_foreign_safetensors_file_is_refused(reasonrl: Command, nano_folder: P
     [
         ("model.safetensors", None, ["holds no weights"]),
         ("config.json", None, ["holds no config.json"]),
-        ("config.json", "{", ["is no Janus checkpoint"]),
+        ("config.json", "{", ["config.json cannot be read"]),
         ("config.json", '{"model_type": "llama"}', ["model_type 'llama', expected 'janus'"]),
         ("tokenizer.json", "{", ["holds no tokenizer"]),
         ("model.safetensors", "", ["model.safetensors cannot be read"]),

@@ -16,7 +16,7 @@ types plan relations
 interfaces
 kernels noise batch
 registry fields
-hooks config data
+hooks config data formats
 scenes
 policies renderers judges objectives
 recipe

@@ -198,6 +198,7 @@ def bench_kernels(
     rows: Annotated[str, typer.Option(help="Tokens N: 512,2048. Default: 512, on a GPU 8192 to 65536.")] = "",
     vocab: Annotated[str, typer.Option(help="Words V. Default: 16384,102400, the heads of Janus-Pro.")] = "",
     width: Annotated[str, typer.Option(help="Width H. Default: 2048, on a GPU 4096 too.")] = "",
+    only: Annotated[str, typer.Option(help="Only contenders whose name begins so: --only reasonrl.")] = "",
     least_s: Annotated[float, typer.Option("--seconds", min=0.0, help="Repeat each call for so long.")] = 1.0,
     path: Annotated[Path, typer.Option("--out", help="The JSON to write.")] = Path("bench-kernels.json"),
 ) -> None:
@@ -219,6 +220,7 @@ def bench_kernels(
         rows=whole_numbers("--rows", rows),
         vocab=whole_numbers("--vocab", vocab),
         width=whole_numbers("--width", width),
+        only=only,
         least_s=least_s,
     )
     kernels.write(result, path)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from reasonrl.errors import ContractError
 from reasonrl.kernels import linear_log_prob, linear_logits, reference, selective_log_prob
+from reasonrl.kernels.matmul import exact_products
 
 pytestmark = quiet
 # Never only multiples of a block: 31, 1023, 1025, 257.
@@ -430,3 +432,132 @@ def test_what_does_not_fit_is_refused_in_one_line(change, said):
     with pytest.raises(ContractError, match=said) as caught:
         linear_log_prob(given.pop("hidden"), given.pop("weight"), given.pop("target"), **given)
     assert "\n" not in str(caught.value)
+
+
+# ---- found by review ----
+
+
+@each_backend
+@quiet
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min])
+def test_the_entropy_of_masked_words_has_a_gradient_at_any_scale(backend, least):
+    logits = torch.tensor([[1.0, 2.0, least, 0.0]], device=DEVICE)
+    wide = logits.double().requires_grad_()
+    logits.requires_grad_()
+    target = torch.tensor([0], device=DEVICE)
+    with running(backend):
+        found = selective_log_prob(logits, target, temperature=0.5, return_entropy=True)
+        (slope,) = torch.autograd.grad(3 * found.entropy.sum() + found.log_prob.sum(), logits)
+    alive = [0, 1, 3]
+    kept = reference.selective_log_prob(wide[:, alive], target, temperature=0.5, return_entropy=True)
+    (wanted,) = torch.autograd.grad(3 * kept.entropy.sum() + kept.log_prob.sum(), wide)
+    assert error(found.entropy, kept.entropy) <= 1e-5
+    assert error(slope, wanted) <= 1e-5
+    spec = reference.selective_log_prob(wide, target, temperature=0.5, return_entropy=True)
+    (specified,) = torch.autograd.grad(3 * spec.entropy.sum() + spec.log_prob.sum(), wide)
+    assert error(specified, wanted) <= 1e-12
+
+
+@each_backend
+@quiet
+def test_a_first_block_that_is_masked_by_the_smallest_number_leaves_the_entropy(backend):
+    hidden, weight = random(3, 8, seed=0), random(700, 8, seed=1)
+    bias = torch.zeros(700, device=DEVICE)
+    bias[:512] = torch.finfo(torch.float32).min
+    target = words(100, 3, seed=2) + 550
+    with running(backend):
+        found = linear_log_prob(
+            hidden, weight, target, bias=bias, temperature=0.7, return_entropy=True, workspace_bytes=1
+        )
+    wanted = reference.linear_log_prob(
+        hidden.double(), weight[512:].double(), target - 512, temperature=0.7, return_entropy=True
+    )
+    assert error(found.log_prob, wanted.log_prob) <= 1e-5
+    assert error(found.entropy, wanted.entropy) <= 1e-5
+
+
+@each_backend
+def test_a_bias_with_gaps_in_memory_is_read_as_it_is(backend):
+    hidden, weight, gaps = random(3, 8, seed=0), random(50, 8, seed=1), random(100, seed=2)
+    target = words(50, 3, seed=3)
+    for bias in (gaps[::2], gaps[:1].expand(50)):
+        with running(backend):
+            found = linear_log_prob(hidden, weight, target, bias=bias)
+        assert error(found.log_prob, linear_log_prob(hidden, weight, target, bias=bias.clone()).log_prob) <= 1e-6
+
+
+@each_backend
+@quiet
+@pytest.mark.parametrize("how", ["mask", "ignore_index"])
+def test_nan_in_a_row_that_is_left_out_reaches_no_gradient(backend, how):
+    hidden, weight = random(4, 8, seed=0), random(50, 8, seed=1).requires_grad_()
+    hidden[1] = torch.nan
+    hidden.requires_grad_()
+    target = words(50, 4, seed=2)
+    mask = torch.ones(4, dtype=torch.bool, device=DEVICE)
+    if how == "mask":
+        mask[1] = False
+    else:
+        target[1] = -100
+    with running(backend):
+        found = linear_log_prob(hidden, weight, target, mask=mask if how == "mask" else None, return_entropy=True)
+        slopes = torch.autograd.grad((found.log_prob + found.entropy).sum(), (hidden, weight))
+        logits = (hidden.detach() @ weight.detach().T).requires_grad_()
+        plain = selective_log_prob(logits, target, mask=mask, return_entropy=True)
+        slopes += torch.autograd.grad((plain.log_prob + plain.entropy).sum(), logits)
+    assert not any(slope.isnan().any() for slope in slopes)
+    assert not slopes[0][1].any()
+    assert not slopes[2][1].any()
+
+
+def test_float16_gradients_that_sum_beyond_float16_before_scaling_are_finite():
+    num = 4000
+    hidden, weight = random(num, 4, seed=0, dtype=torch.float16), random(30, 4, seed=1, dtype=torch.float16) / 8
+    hidden[:, 0] = 60
+    weight.requires_grad_()
+    target = torch.zeros(num, dtype=torch.int64, device=DEVICE)
+    (slope,) = torch.autograd.grad(linear_log_prob(hidden, weight, target).log_prob.mean(), weight)
+    wide = weight.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.linear_log_prob(hidden.double(), wide, target).log_prob.mean(), wide)
+    assert relative(slope, wanted) <= 2e-3
+
+
+@each_backend
+def test_unconditional_logits_keep_their_own_precision(backend):
+    logits, uncond = random(3, 40, seed=0, scale=5, dtype=torch.bfloat16), random(3, 40, seed=1, scale=5)
+    uncond.requires_grad_()
+    target = words(40, 3, seed=2)
+    with running(backend):
+        found = selective_log_prob(logits, target, uncond_logits=uncond, cfg_weight=5.0)
+        (slope,) = torch.autograd.grad(found.log_prob.sum(), uncond)
+    wide = uncond.detach().double().requires_grad_()
+    wanted = reference.selective_log_prob(logits.double(), target, uncond_logits=wide, cfg_weight=5.0)
+    assert error(found.log_prob, wanted.log_prob) <= 5e-5
+    assert error(slope, torch.autograd.grad(wanted.log_prob.sum(), wide)[0]) <= 2e-5
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)])
+def test_exact_takes_the_finer_of_two_dtypes(dtypes):
+    hidden, weight = random(5, 16, seed=0, dtype=dtypes[0]), random(60, 16, seed=1, dtype=dtypes[1])
+    target = words(60, 5, seed=2)
+    with mock.patch("reasonrl.kernels.head.exact_products", wraps=exact_products) as asked:
+        found = linear_log_prob(hidden, weight, target, precision="exact").log_prob
+    assert all(call.args[0].dtype != torch.bfloat16 for call in asked.call_args_list)
+    wanted = reference.linear_log_prob(hidden.double(), weight.double(), target).log_prob
+    assert error(found, wanted) <= (1e-12 if dtypes[0] == torch.float64 else 1e-5)
+
+
+def test_the_process_keeps_its_switches():
+    matmul = torch.backends.mkldnn.matmul
+    before = torch.backends.fp32_precision
+    hidden, weight = random(2, 8, seed=0, dtype=torch.bfloat16), random(9, 8, seed=1, dtype=torch.bfloat16)
+    try:
+        torch.backends.fp32_precision = "tf32"
+        linear_log_prob(hidden, weight, words(9, 2, seed=2))
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+    with pytest.raises(ZeroDivisionError), exact_products(hidden):
+        1 / 0  # noqa: B018
+    assert matmul.fp32_precision != "bf16"

@@ -1,5 +1,6 @@
 """What torch asks of an operator, which backend runs, and how logits are cut."""
 
+import shutil
 import subprocess
 import sys
 
@@ -71,6 +72,22 @@ def test_the_policy_operator_passes_opcheck():
     opcheck(_policy_terms_op, given, test_utils=CHECKS)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_inductor_compiles_a_head_that_is_a_transposed_view():
+    hidden, head, target = torch.randn(4, 8), torch.randn(8, 40), torch.randint(40, (4,))
+    hidden.requires_grad_()
+    head.requires_grad_()
+
+    def ask(hidden, head):
+        return linear_log_prob(hidden, head.t(), target).log_prob.sum()
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found = torch.autograd.grad(torch.compile(ask)(hidden, head), (hidden, head))
+    for mine, wanted in zip(found, torch.autograd.grad(ask(hidden, head), (hidden, head)), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
 def test_a_compiled_graph_has_no_break_and_the_same_numbers():
     def ask(hidden, weight, target, mask):
         found = linear_log_prob(hidden, weight, target, mask=mask, return_entropy=True, temperature=0.5)
@@ -138,7 +155,8 @@ sizes = st.integers(1, 5000)
 def test_a_plan_covers_every_logit_once_within_its_workspace(num_rows, vocab, width, workspace, learns):
     for found in (
         plan(num_rows, vocab, width, workspace=workspace, item=6, learns_weight=learns),
-        cpu_plan(num_rows, vocab, width, workspace=workspace),
+        cpu_plan(num_rows, vocab, width, workspace=workspace, learns_weight=False),
+        cpu_plan(num_rows, vocab, width, workspace=workspace, learns_weight=True),
     ):
         blocks = found.blocks(num_rows, vocab)
         assert sum((v1 - v0) * (r1 - r0) for v0, v1, r0, r1 in blocks) == num_rows * vocab

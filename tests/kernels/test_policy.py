@@ -177,7 +177,7 @@ def test_backends_agree_on_advantages(backend, seed, baseline, scale, offset):
             others = [wide[j] for j in mine if j != i]
             without = sum(others) / len(others) if others else wide[i]
             start = {"mean": mean, "loo": without, "none": 0.0}[baseline]
-            same = label == 2 and baseline != "none"
+            same = (label == 2 or len(mine) == 1) and (baseline != "none" or scale == "std")
             assert found[i].item() == pytest.approx(0.0 if same else (wide[i] - start) / divisor, rel=1e-4, abs=1e-6)
             assert counted[i].item() == (len(mine) >= (1 if baseline == "none" else 2))
     assert not found[rewards.isnan()].any()
@@ -203,6 +203,11 @@ def test_rewards_normalised_one_by_one_keep_their_weights(backend):
         (lambda: group_advantages(torch.zeros(5, 1, 1), 1), r"rewards must be \(M,\) or \(M, K\), got \(5, 1, 1\)"),
         (lambda: group_advantages(torch.zeros(5), torch.zeros(4)), r"groups must be \(5,\) to fit rewards"),
         (lambda: loss(advantages=torch.zeros(3)), r"advantages must be \(N,\) or \(N, T\) of \(2, 3\), got \(3,\)"),
+        (
+            lambda: group_advantages(torch.zeros(4), 2, baseline="lo"),
+            "baseline must be one of mean, loo, none, got 'lo'",
+        ),
+        (lambda: group_advantages(torch.zeros(4), 2, scale="stdd"), "scale must be one of std, batch_std, none, got"),
         (lambda: loss(agg="mean"), "agg must be one of token_mean, .*, got 'mean'"),
         (lambda: loss(kl="k4"), "kl must be one of k1, k2, k3, got 'k4'"),
         (lambda: loss(entropy=torch.zeros(3, 2)), r"entropy must be \(2, 3\) to fit log_prob"),
@@ -218,3 +223,91 @@ def loss(*, advantages=None, mask=None, **settings):
     mask = torch.ones(2, 3, dtype=torch.bool) if mask is None else mask
     advantages = torch.zeros(2) if advantages is None else advantages
     return policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), advantages, mask, **settings)
+
+
+# ---- found by review ----
+
+
+@each_backend
+@quiet
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_nan_log_prob_shows_in_the_loss_and_not_where_it_is_masked(backend, ratio):
+    live = torch.zeros(2, 3, device=DEVICE)
+    live[0, 1] = torch.nan
+    mask = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
+    with running(backend):
+        seen = policy_loss(live, torch.zeros_like(live), torch.ones(2, device=DEVICE), mask, ratio=ratio)
+        mask[0, 1] = False
+        hidden = policy_loss(live, torch.zeros_like(live), torch.ones(2, device=DEVICE), mask, ratio=ratio)
+    assert seen.loss.isnan()
+    assert hidden.loss.item() == pytest.approx(-1.0)
+
+
+@each_backend
+@quiet
+def test_a_divergence_that_is_only_watched_does_not_train(backend):
+    live = torch.full((1, 2), -999.0, device=DEVICE).requires_grad_()
+    mask = torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
+    with running(backend):
+        found = policy_loss(
+            live, live.detach(), torch.ones(1, device=DEVICE), mask, reference_log_prob=live.detach() * 0
+        )
+        (slope,) = torch.autograd.grad(found.loss, live)
+    assert found.loss.item() == pytest.approx(-1.0)
+    assert slope.tolist() == [[-0.5, -0.5]]
+    assert "kl" in found.metrics
+
+
+@each_backend
+@pytest.mark.parametrize("agg", ["token_mean", "seq_mean_token_sum", "const"])
+def test_an_empty_batch_divided_by_its_own_count_is_zero(backend, agg):
+    live = torch.zeros(2, 3, device=DEVICE).requires_grad_()
+    mask = torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
+    with running(backend):
+        found = policy_loss(live, live.detach(), torch.ones(2, device=DEVICE), mask, agg=agg, denominator=mask.sum())
+        (slope,) = torch.autograd.grad(found.loss, live)
+    assert found.loss.item() == 0.0
+    assert not slope.any()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_computed_in_float32(backend, dtype):
+    live, old = random(2, 5, seed=0).to(dtype), random(2, 5, seed=1).to(dtype)
+    mask = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
+    advantages = random(2, seed=2).to(dtype)
+    with running(backend):
+        found = policy_loss(live, old, advantages, mask).loss
+        far = policy_loss(live + 29, live, advantages * 0, mask).loss
+    assert found.dtype == torch.float32
+    wanted = policy_loss(live.double(), old.double(), advantages.double(), mask).loss
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert far.item() == 0.0
+
+
+def test_a_gradient_of_the_triton_loss_has_none_of_its_own():
+    theta = torch.ones(1, 3, device=DEVICE).requires_grad_()
+    with running("triton"):
+        found = policy_loss(
+            -theta.square(), -torch.ones_like(theta), torch.ones(1, device=DEVICE), torch.ones_like(theta).bool()
+        )
+        (slope,) = torch.autograd.grad(found.loss, theta, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        torch.autograd.grad(slope.sum(), theta)
+
+
+@each_backend
+def test_an_infinite_reward_leaves_its_group(backend):
+    rewards = torch.tensor([0.0, 1.0, torch.inf, torch.nan], device=DEVICE)
+    with running(backend):
+        found, counted = group_advantages(rewards, 4, scale="none")
+    assert found.tolist() == [-0.5, 0.5, 0.0, 0.0]
+    assert counted.tolist() == [True, True, False, False]
+
+
+@each_backend
+def test_without_a_baseline_a_deviation_of_nothing_is_no_scale(backend):
+    with running(backend):
+        found, counted = group_advantages(torch.ones(4, device=DEVICE), 4, baseline="none")
+    assert found.tolist() == [0.0] * 4
+    assert counted.all()

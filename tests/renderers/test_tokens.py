@@ -53,5 +53,5 @@ def test_a_wrong_number_of_tokens_is_refused(tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no Janus checkpoint"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         Tokens(str(tmp_path)).render([with_tokens(torch.zeros(64, dtype=torch.long))], draw=Draw(0, 0))

@@ -63,11 +63,17 @@ def run(
     rows: Sequence[int] = (),
     vocab: Sequence[int] = (),
     width: Sequence[int] = (),
+    only: str = "",
     least_s: float = 1.0,
 ) -> dict[str, Any]:
-    """Measures every contender of some tables; empty sizes are the device's own. Shows progress."""
+    """Measures the contenders of some tables whose names begin so; empty sizes are the device's own. Shows progress."""
     sizes = shapes(tables, device=device, rows=rows, vocab=vocab, width=width)
-    jobs = [(shape, contender) for shape in sizes for contender in CONTENDERS if contender.table == shape.table]
+    chosen = [contender for contender in CONTENDERS if contender.name.startswith(only)]
+    jobs = [(shape, contender) for shape in sizes for contender in chosen if contender.table == shape.table]
+    if not jobs:
+        raise ConfigError(
+            f"no contender begins with {only!r}: there are {', '.join(sorted({c.name for c in CONTENDERS}))}"
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     found: list[Measured] = []
     with Progress(*columns, transient=True) as progress:

@@ -51,13 +51,16 @@ def plan(num_rows: int, vocab: int, width: int, *, workspace: int, item: int, le
     return best[2]
 
 
-def cpu_plan(num_rows: int, vocab: int, width: int, *, workspace: int) -> Plan:
+def cpu_plan(num_rows: int, vocab: int, width: int, *, workspace: int, learns_weight: bool) -> Plan:
     """Returns the plan for a CPU: many rows and few words, since float32 copies of the operands are in the block too.
 
     The rows' copy takes rows·width·4; a block of words rows·cols·8 (logits and their exponentials) and cols·width·8
-    (the slice of the weight, and oneDNN's copy of it). Few row blocks keep the weight's gradient a single product.
+    (the slice of the weight, and oneDNN's copy of it). A weight that learns is given all rows at once where their
+    copy is smaller than the float32 sum, vocab·width·4, that several row blocks would add to.
     """
     rows = min(max(num_rows, 1), 2048)
+    if learns_weight and num_rows * (4 * width + 8 * ALIGN) < 4 * vocab * width:
+        rows = max(num_rows, 1)
     cols = _aligned(max(workspace - 4 * rows * width, 0) // (8 * (rows + width)), vocab)
     return Plan(rows, cols or min(vocab, ALIGN))
 

@@ -10,6 +10,8 @@ from reasonrl.kernels.reference import guided_logits
 
 SKIP, OUTSIDE = -1, -2
 """Targets that mean: a row to leave out; a row whose target is no word (its log-prob is nan)."""
+LEAST = -1e4
+"""Stands for smaller (z − top) / T: its exponential is 0, and no product with it overflows, as finfo.min / T would."""
 
 
 @frozen(eq=False)
@@ -74,12 +76,12 @@ def fold(
     top = torch.maximum(state.top, z.amax(1))
     # A row with no finite logit yet: −inf − −inf is nan where the meaning is "nothing".
     safe = torch.where(top.isneginf(), 0.0, top)
-    moved = torch.where(state.top.isneginf(), 0.0, (state.top - safe) * heat)
+    moved = torch.where(state.top.isneginf(), 0.0, (state.top - safe) * heat).clamp_(min=LEAST)
     shrink = torch.where(state.top.isneginf(), 0.0, moved.exp())
     z = z.sub_(safe[:, None]).mul_(heat[:, None])
     if entropy:
         exps = z.exp()
-        spread = z.clamp_(min=torch.finfo(z.dtype).min).mul_(exps).sum(1)
+        spread = z.clamp_(min=LEAST).mul_(exps).sum(1)
         state.spread.copy_(shrink * (state.spread + moved * state.total) + spread)
     else:
         exps = z.exp_()
@@ -129,8 +131,9 @@ def gradient(
     else:
         of_entropy = _live(grad_entropy, live, heat)
         probs = z.exp()
-        z.clamp_(min=torch.finfo(z.dtype).min).add_(found.entropy[:, None]).mul_(of_entropy[:, None])
+        z.clamp_(min=LEAST).add_(found.entropy[:, None]).mul_(of_entropy[:, None])
         out = z.add_(each[:, None]).mul_(probs).neg_()
+    out[~live] = 0.0  # 0 × nan is nan, and nobody asked about these rows
     here = (target >= first) & (target < first + z.shape[1])
     return out.scatter_add_(1, torch.where(here, target - first, 0)[:, None], torch.where(here, each, 0.0)[:, None])
 

@@ -50,7 +50,7 @@ class Head:
         Float32 states have 24 bits, bfloat16 ones 8: on CUDA three of these hold them all. Float16 has
         11: two hold all but the last two.
         """
-        if hidden.dtype == weight.dtype or self.rounded:
+        if self.rounded or hidden.dtype == weight.dtype:
             return [self.operand]
         if not weight.is_cuda:
             return [hidden]
@@ -92,7 +92,9 @@ class GradientSum:
         """Returns the sum of a tensor's gradient, one that adds nothing up where that is not needed."""
         if like is None or not needed:
             return cls(None, None, once=once)
-        dtype = like.dtype if once or like.dtype == torch.float64 else torch.float32
+        # Float16 sums over rows of scaled gradients may overflow before they are unscaled.
+        whole = once and like.dtype != torch.float16
+        dtype = like.dtype if whole or like.dtype == torch.float64 else torch.float32
         made = torch.empty if once else torch.zeros
         return cls(like, made(like.shape, dtype=dtype, device=like.device), once=once)
 
@@ -114,11 +116,12 @@ class GradientSum:
         else:
             part.add_(torch.mm(left, right, out=self._room(part, left.dtype)))
 
-    def done(self, of: Tensor) -> Tensor:
-        """Returns the gradient in its tensor's dtype; an empty tensor beside `of` where it was not needed."""
+    def done(self, of: Tensor, scale: Tensor | None) -> Tensor:
+        """Returns the gradient over `scale`, in its tensor's dtype; empty, beside `of`, where it was not needed."""
         if self.total is None or self.like is None:
             return of.new_empty(0)  # a new one each time: an operator's outputs may not share memory
-        return self.total.to(self.like.dtype)
+        total = self.total if scale is None else self.total.div_(scale)
+        return total.to(self.like.dtype)
 
     def _room(self, part: Tensor, dtype: torch.dtype) -> Tensor:
         if self.room is None or self.room.numel() < part.numel():

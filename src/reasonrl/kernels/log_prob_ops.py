@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reasonrl.kernels import epilogue
 from reasonrl.kernels.chunks import Plan, cpu_plan, plan
-from reasonrl.kernels.epilogue import Guidance, Results, Statistics
+from reasonrl.kernels.epilogue import SKIP, Guidance, Results, Statistics
 from reasonrl.kernels.head import GradientSum, Head
 
 ROW_BLOCK = 2**20
@@ -70,7 +70,7 @@ def logits_log_prob_backward(
     """Returns the gradients of logits and uncond; the second is empty unless it is wanted."""
     found = Results(top, entropy, top, log_total)
     out = torch.empty_like(logits)
-    second = torch.empty_like(logits) if learns_uncond else logits.new_empty(0)
+    second = torch.empty_like(uncond) if learns_uncond and uncond is not None else logits.new_empty(0)
     if triton:
         from reasonrl.kernels import triton_log_prob
 
@@ -94,7 +94,7 @@ def logits_log_prob_backward(
 
 @logits_log_prob_backward.register_fake
 def _(g, gh, logits, uncond, cfg_weight, target, heat, entropy, top, log_total, learns_uncond, triton):
-    return torch.empty_like(logits), torch.empty_like(logits) if learns_uncond else logits.new_empty(0)
+    return torch.empty_like(logits), torch.empty_like(uncond) if learns_uncond else logits.new_empty(0)
 
 
 def _logits_setup(ctx, inputs, output):
@@ -200,14 +200,14 @@ def linear_log_prob_backward(
 def _(g, gh, hidden, weight, bias, low_hidden, low_weight, target, heat, ent, top, log_total, ws, rounded, needed, t):
     inputs = (hidden, weight, bias, low_hidden, low_weight)
     return tuple(
-        torch.empty_like(value) if wanted and value is not None else hidden.new_empty(0)
+        value.new_empty(value.shape) if wanted and value is not None else hidden.new_empty(0)
         for value, wanted in zip(inputs, needed, strict=True)
     )
 
 
 def _backward(
     grad_log_prob, grad_entropy, hidden, weight, bias, low_hidden, low_weight, target, heat, entropy, top,
-    log_total, workspace, rounded, needed, triton,
+    log_total, workspace, rounded, needed, triton, scale=None,
 ):  # fmt: skip
     needs_hidden, needs_weight, needs_bias, needs_low_hidden, needs_low_weight = needed
     cuts = _plan(hidden, weight, workspace, item=4 + weight.element_size(), learns_weight=needs_weight)
@@ -235,18 +235,20 @@ def _backward(
                 weight.dtype
             )
         to_hidden.add(r0, r1, dz, weight[v0:v1])
-        to_weight.add(v0, v1, dz.T, head.operand[r0:r1])
+        kept = (target[r0:r1] != SKIP)[:, None]
+        if needs_weight:  # a row that is left out may hold nan: 0 × nan is nan
+            to_weight.add(v0, v1, dz.T, torch.where(kept, head.operand[r0:r1], 0.0))
         if to_bias is not None:
             to_bias[v0:v1] += dz.sum(0, dtype=top.dtype)
         if low_hidden is not None:
             to_low_hidden.add(r0, r1, dz, low_weight[v0:v1].to(dz.dtype))
-            to_low_weight.add(v0, v1, dz.T, low_hidden[r0:r1].to(dz.dtype))
+            to_low_weight.add(v0, v1, dz.T, torch.where(kept, low_hidden[r0:r1].to(dz.dtype), 0.0))
     return (
-        to_hidden.done(hidden),
-        to_weight.done(hidden),
-        hidden.new_empty(0) if to_bias is None else to_bias.to(bias.dtype),
-        to_low_hidden.done(hidden),
-        to_low_weight.done(hidden),
+        to_hidden.done(hidden, scale),
+        to_weight.done(hidden, scale),
+        hidden.new_empty(0) if to_bias is None else (to_bias if scale is None else to_bias / scale).to(bias.dtype),
+        to_low_hidden.done(hidden, scale),
+        to_low_weight.done(hidden, scale),
     )
 
 
@@ -256,11 +258,7 @@ def _without_underflow(grad_log_prob, grad_entropy, *rest):
     largest = torch.stack([g.abs().amax() if len(g) else g.sum() for g in given]).amax().clamp(min=1e-30)
     scale = torch.exp2(-largest.log2().floor())
     scaled = [None if g is None else g * scale for g in (grad_log_prob, grad_entropy)]
-    found = _backward(*scaled, *rest)
-    for value in found:
-        for part in value.split(4096):  # float32 copies, of a few rows at a time
-            part.copy_(part.float() / scale)
-    return found
+    return _backward(*[*scaled, *rest, scale])
 
 
 def _linear_setup(ctx, inputs, output):
@@ -288,7 +286,7 @@ def _plan(hidden: Tensor, weight: Tensor, workspace: int, *, item: int, learns_w
     num_rows, vocab, width = len(hidden), len(weight), hidden.shape[1]
     if hidden.is_cuda:
         return plan(num_rows, vocab, width, workspace=workspace, item=item, learns_weight=learns_weight)
-    return cpu_plan(num_rows, vocab, width, workspace=workspace)
+    return cpu_plan(num_rows, vocab, width, workspace=workspace, learns_weight=learns_weight)
 
 
 def _row_blocks(logits: Tensor) -> list[tuple[int, int]]:

@@ -54,7 +54,7 @@ def selective_log_prob(
     checks.temperatures(temperature, shape)
     triton = _triton(backend, logits)
     words = _words(target, mask, ignore_index, logits.shape[-1])
-    uncond = None if uncond_logits is None or cfg_weight == 1.0 else _rows(uncond_logits.to(logits.dtype))
+    uncond = None if uncond_logits is None or cfg_weight == 1.0 else _rows(uncond_logits)
     heat = _heat(temperature, words, logits.dtype)
     found = _logits_op(_rows(logits), uncond, float(cfg_weight), words, heat, return_entropy, triton)
     return _log_probs(found, words, heat, shape, return_entropy)
@@ -79,9 +79,10 @@ def linear_log_prob(
 ) -> LogProbs:
     """Returns `selective_log_prob` of the logits hidden Wᵀ + b + u Bᵀ, block by block: they are never held whole.
 
-    hidden (..., H), weight W (V, H), bias (V,); `low_rank` = (u (..., r), B (V, r)) is a LoRA pair, u = s·h Aᵀ. Under
-    guidance the logits of the two branches mix linearly, so one product with u + w (c − u) of the *hidden* states is
-    both heads at once, at half the cost; for a head of several layers these are the states before its last one.
+    hidden (..., H), weight W (V, H), bias (V,); `low_rank` = (u (..., r), B (V, r)) is a LoRA pair, u = s·h Aᵀ with h
+    the mixed state where guided. Under guidance the logits of the two branches mix linearly, so one product with
+    u + w (c − u) of the *hidden* states is both heads at once, at half the cost; for a head of several layers these
+    are the states before its last one.
     A weight that needs no gradient costs none. Products accumulate in float32.
 
     `precision`: "default" multiplies in hidden's dtype. "exact" keeps a mixed hidden in float32, on CUDA as three
@@ -125,10 +126,17 @@ def linear_log_prob(
     part_words, part_heat = (words, heat) if kept is None else (words[kept], heat[kept])
     assert rows[0] is not None
     states = mixed(rows[0], rows[1], cfg_weight, keep_float=precision == "exact")
+    if (
+        precision == "exact"
+    ):  # the finer of the two, but a 16-bit weight stays: its products with float32 parts are exact
+        wide = torch.promote_types(states.dtype, weight.dtype)
+        states, head = states.to(wide), weight if wide == torch.float32 else weight.to(wide)
+    else:
+        head = weight.to(states.dtype)
     found = _linear_op(
         states,
-        weight if precision == "exact" else weight.to(states.dtype),
-        bias,
+        head,
+        None if bias is None else bias.contiguous(),
         rows[2],
         low_weight,
         part_words,

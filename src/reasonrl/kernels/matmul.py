@@ -32,17 +32,23 @@ def exact_products(operand: Tensor) -> Iterator[None]:
     relative against float64, kernels' study). CUDA's cuBLAS may not sum parts of a long product in 16 bits. These
     switches belong to the process: one thread at a time should compute log-probs.
     """
-    switches: list[tuple[Any, str, object]] = []
     if operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16):
         half = "bf16" if operand.dtype == torch.bfloat16 else "fp16"
-        switches = [(torch.backends.cuda.matmul, f"allow_{half}_reduced_precision_reduction", False)]
+        owner: Any = torch.backends.cuda.matmul
+        name = f"allow_{half}_reduced_precision_reduction"
+        before, split = getattr(owner, name), getattr(owner, f"{name}_split_k", None)
+        within: object = False if split is None else (False, split)
+        after: object = before if split is None else (before, split)
     elif operand.dtype == torch.bfloat16:
-        switches = [(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")]  # type: ignore[attr-defined]
-    before = [getattr(owner, name) for owner, name, _ in switches]
+        owner, name = torch.backends.mkldnn.matmul, "fp32_precision"  # type: ignore[attr-defined]
+        before = owner.fp32_precision
+        # What was inherited goes on being inherited.
+        within, after = "bf16", "none" if before == torch.backends.mkldnn.fp32_precision else before
+    else:
+        yield
+        return
+    setattr(owner, name, within)
     try:
-        for owner, name, value in switches:
-            setattr(owner, name, value)
         yield
     finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+        setattr(owner, name, after)

@@ -39,8 +39,8 @@ def group_advantages(
     """Returns (M,) float32 advantages and (M,) bool: takes part. Mathematics: `reference.group_advantages`.
 
     `groups`: (M,) labels, or the size of consecutive groups. rewards: (M,), or (M, K) of K rewards that are summed
-    with `weights` (K,); `per_reward_norm` normalises each before the sum (GDPO, arXiv 2601.05242). A nan reward
-    counts as not scored. Raises ContractError.
+    with `weights` (K,); `per_reward_norm` normalises each before the sum (GDPO, arXiv 2601.05242). A reward that is
+    nan or infinite counts as not scored. Raises ContractError.
 
     >>> group_advantages(torch.tensor([0.0, 1.0, 3.0, 3.0]), 2, scale="none")[0].tolist()
     [-0.5, 0.5, 0.0, 0.0]
@@ -51,11 +51,13 @@ def group_advantages(
         if groups < 1 or len(rewards) % groups:
             raise ContractError(f"{len(rewards)} rewards do not make whole groups of {groups}: give labels instead")
         groups = torch.arange(len(rewards), device=rewards.device) // groups
+    for name, said, allowed in (("baseline", baseline, Baseline), ("scale", scale, Scale)):
+        _one_of(name, said, allowed)
     checks.same_shape("groups", groups, rewards.shape[:1], of="rewards")
     checks.same_shape("scored", scored, rewards.shape[:1], of="rewards")
     columns = rewards[:, None] if rewards.dim() == 1 else rewards
     checks.same_shape("weights", weights, columns.shape[1:], of="rewards (M, K)")
-    real = ~columns.isnan().any(1)
+    real = columns.isfinite().all(1)
     scored = real if scored is None else scored & real
     # A product with 0 would keep a nan.
     columns = torch.where(scored[:, None], columns.double(), 0.0)
@@ -116,9 +118,13 @@ def policy_loss(
     checks.masks(mask, log_prob.shape, of="log_prob")
     for name, said, allowed in (("agg", agg, Aggregate), ("kl", kl, Divergence), ("ratio", ratio, Ratio)):
         _one_of(name, said, allowed)
-    old, advantages = old.detach(), advantages.detach()
-    anchor = None if reference_log_prob is None else reference_log_prob.detach()
-    if uses_triton(backend, log_prob) and log_prob.dtype != torch.float64:
+    triton = uses_triton(backend, log_prob)
+    if triton and backend == "triton" and log_prob.dtype == torch.float64:
+        raise ContractError("backend='triton' computes in float32, got float64: cast, or backend='torch'")
+    log_prob, old, advantages = _wide(log_prob), _wide(old.detach()), _wide(advantages.detach())
+    entropy = None if entropy is None else _wide(entropy)
+    anchor = None if reference_log_prob is None else _wide(reference_log_prob.detach())
+    if triton and log_prob.dtype != torch.float64:
         loss, sums = _triton_terms(
             log_prob, old, advantages, mask, anchor, entropy, clip, dual_clip, kl_coef, kl, entropy_coef, ratio
         )
@@ -132,6 +138,10 @@ def policy_loss(
     if entropy is not None:
         sums["entropy"] = torch.where(mask, entropy.detach(), 0.0).sum()
     return PolicyLoss(reference.masked_aggregate(loss, mask, agg, denominator), sums)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _one_of(name: str, said: object, allowed: object) -> None:
@@ -194,15 +204,27 @@ def _(log_prob, old, advantages, mask, anchor, entropy, *_):  # type: ignore[no-
 def _policy_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.entropy_coef = inputs[11]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1], inputs[3])
+    ctx.save_for_backward(inputs[0], output[1], inputs[3])
 
 
 def _policy_gradients(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-    slope, mask = ctx.saved_tensors
-    to_entropy = None
-    if ctx.needs_input_grad[5]:
-        to_entropy = torch.where(mask, -ctx.entropy_coef * grad_loss, 0.0)
-    return grad_loss * slope, None, None, None, None, to_entropy, *(None,) * 7
+    log_prob, slope, mask = ctx.saved_tensors
+    to_log_prob, to_entropy = _policy_terms_backward(grad_loss.contiguous(), log_prob, slope, mask, ctx.entropy_coef)
+    needed = ctx.needs_input_grad[5]
+    return to_log_prob, None, None, None, None, to_entropy if needed else None, *(None,) * 7
+
+
+@torch.library.custom_op("reasonrl::policy_terms_backward", mutates_args=())
+def _policy_terms_backward(
+    grad_loss: Tensor, log_prob: Tensor, slope: Tensor, mask: Tensor, entropy_coef: float
+) -> tuple[Tensor, Tensor]:
+    # An operator without a gradient: slope depends on log_prob, so a second gradient comes by here, and raises.
+    return grad_loss * slope, torch.where(mask, -entropy_coef * grad_loss, 0.0)
+
+
+@_policy_terms_backward.register_fake
+def _(grad_loss, log_prob, slope, mask, entropy_coef):  # type: ignore[no-untyped-def]
+    return torch.empty_like(grad_loss), torch.empty_like(grad_loss)
 
 
 _policy_terms_op.register_autograd(_policy_gradients, setup_context=_policy_setup)

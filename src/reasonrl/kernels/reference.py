@@ -154,7 +154,8 @@ def group_advantages(
     if baseline == "loo":
         gap = gap * (number / (number - 1).clamp(min=1))[index]
     elif baseline == "none":
-        gap, flat = wide, torch.zeros_like(flat)
+        gap = wide
+        flat = flat if scale == "std" else torch.zeros_like(flat)  # a deviation of nothing is no scale
     divisor = torch.ones_like(mean) if scale == "none" else spread + eps
     advantages = torch.where(flat | ~scored, 0.0, gap / divisor[index])
     enough = 1 if baseline == "none" else 2
@@ -205,7 +206,7 @@ def masked_aggregate(values: Tensor, mask: Tensor, agg: Aggregate, denominator: 
         number = (length > 0).sum()
     if denominator is not None:
         number = torch.as_tensor(denominator, device=values.device)
-        return total / number
+        return total / torch.where(number == 0, 1, number)
     return total / number.clamp(min=1)
 
 
@@ -250,7 +251,7 @@ def policy_terms(
     terms = {"surrogate": surrogate, "ratio": rho.detach()}
     if reference is not None:
         terms["kl"] = divergence(torch.where(mask, log_prob, 0.0), torch.where(mask, reference, 0.0), kl)
-        loss = loss + kl_coef * terms["kl"]
+        loss = loss + kl_coef * terms["kl"] if kl_coef else loss  # 0 × inf is nan
     if entropy is not None:
         loss = loss - entropy_coef * torch.where(mask, entropy, 0.0)
     terms |= {
@@ -266,8 +267,8 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    # exp(-inf) * -inf is nan where the limit is 0.
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+    # p ln p is 0 where p is 0; as written it would be nan there, and so would its gradient.
+    return -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
 
 
 def _sum_by(values: Tensor, index: Tensor, num_groups: int) -> Tensor:

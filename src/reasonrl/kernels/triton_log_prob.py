@@ -58,13 +58,13 @@ def _fold(
             x += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         new = tl.maximum(top, tl.max(x, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        moved = tl.where(top == float("-inf"), 0.0, (top - safe) * heat)
+        moved = tl.where(top == float("-inf"), 0.0, tl.maximum((top - safe) * heat, -1e4))
         shrink = tl.where(top == float("-inf"), 0.0, tl.exp2(moved * LOG2E))
         # Subtracted before it is scaled: a shift of all logits changes nothing.
         gap = (x - safe) * heat
         exps = tl.exp2(gap * LOG2E)
         if ENTROPY:
-            each = tl.where(x == float("-inf"), 0.0, exps * gap)
+            each = tl.where(exps == 0.0, 0.0, exps * gap)
             spread = shrink * (spread + moved * total) + tl.sum(each, 0)
         total = shrink * total + tl.sum(exps, 0)
         top = new

@@ -18,8 +18,8 @@ NUM_SUMS = 5
 def _policy(
     log_prob_ptr, old_ptr, advantage_ptr, mask_ptr, reference_ptr, entropy_ptr, loss_ptr, slope_ptr, sums_ptr,
     num_tokens, low, high, dual, kl_coef, entropy_coef,
-    SEQUENCE: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, TOKEN_ADVANTAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SEQUENCE: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr, TRAINS_KL: tl.constexpr, ENTROPY: tl.constexpr,
+    TOKEN_ADVANTAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     base = row * num_tokens
@@ -55,11 +55,12 @@ def _policy(
         if SEQUENCE:
             gap = gap * 0.0 + mean_gap
         in_range = (gap >= -20.0) & (gap <= 20.0)
-        rho = tl.exp(tl.minimum(tl.maximum(gap, -20.0), 20.0))
+        # minimum and maximum drop a nan; it is what a target outside the vocabulary looks like.
+        rho = tl.where(gap == gap, tl.exp(tl.minimum(tl.maximum(gap, -20.0), 20.0)), gap)
         plain = rho * a
         bounded = tl.minimum(tl.maximum(rho, 1.0 - low), 1.0 + high) * a
         clipped = bounded < plain
-        surrogate = -tl.minimum(plain, bounded)
+        surrogate = tl.where(plain == plain, -tl.minimum(plain, bounded), plain)
         if DUAL:
             ceiling = -dual * a
             capped = (a < 0.0) & (surrogate > ceiling)
@@ -82,8 +83,9 @@ def _policy(
                 kl = tl.where(small, series, grown - d - 1.0)
                 slope_series = -d * (1.0 + d * (0.5 + d * (1.0 / 6.0 + d / 24.0)))
                 kl_slope = tl.where(small, slope_series, 1.0 - grown)
-            loss += kl_coef * kl
-            slope += kl_coef * kl_slope
+            if TRAINS_KL:  # 0 × inf is nan
+                loss += kl_coef * kl
+                slope += kl_coef * kl_slope
             sum_kl += tl.sum(tl.where(kept, kl, 0.0), 0)
         if ENTROPY:
             loss -= entropy_coef * tl.load(entropy_ptr + base + cols, mask=inside, other=0.0)
@@ -127,6 +129,7 @@ def policy_terms(
             log_prob if reference is None else reference, log_prob if entropy is None else entropy,
             loss, slope, sums, num_tokens, low, high, 0.0 if dual is None else dual, kl_coef, entropy_coef,
             SEQUENCE=sequence, DUAL=dual is not None, KL=0 if reference is None else KINDS[kl],
+            TRAINS_KL=kl_coef != 0,
             ENTROPY=entropy is not None, TOKEN_ADVANTAGE=advantages.dim() == 2,
             BLOCK=min(1024, triton.next_power_of_2(num_tokens)), num_warps=4,
         )  # fmt: skip
@@ -182,6 +185,8 @@ def _advantages(
         r = tl.load(reward_ptr + rows, mask=place < last, other=0.0)
         if BASELINE == 2:
             found = tl.where(kept, r / divisor, 0.0)
+            if SCALE == 1:  # a deviation of nothing is no scale
+                found = tl.where(flat, 0.0, found)
         else:
             found = tl.where(kept, tl.where(flat, 0.0, (r - mean) * stretch / divisor), 0.0)
         tl.store(advantage_ptr + rows, found.to(tl.float32), mask=place < last)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from reasonrl.policies.janus import JanusModule
 
 TEMPLATE = "Follow the caption to generate an image through a chain of thought process: {prompt}"
+TURN = "User: {content}\n\nAssistant:"
+"""How GoT-R1's inference code puts a prompt to the model: no system prompt, the assistant's name last."""
 REASONING, IMAGE = "reasoning", "image"
 
 
@@ -37,7 +39,7 @@ class GoTR1(Policy, Teachable):
     """
 
     checkpoint: str = "nano"
-    """"nano" (packaged), a folder, or a Hub name, in transformers' Janus format."""
+    """"nano" (packaged), a folder, or a Hub name: in transformers' Janus format or the authors' `multi_modality`."""
     guidance: float = field(default=5.0, validator=validators.ge(0))
     """w of l = u + w (c − u) for image tokens; 1 = the conditional branch alone, at half the cost."""
     temperature: float = field(default=1.0, validator=validators.gt(0))
@@ -188,12 +190,16 @@ class GoTR1(Policy, Teachable):
 
     def _prompt_ids(self, text: str) -> Tensor:
         filled = self.template.replace("{prompt}", text)
-        if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": filled}]
-            filled = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        if self._converses:
+            filled = TURN.replace("{content}", filled.strip())
         ids = self._ids(filled)
         begin = self.special.begin_text
         return torch.tensor(ids if ids[:1] == [begin] else [begin, *ids])
+
+    @property
+    def _converses(self) -> bool:
+        # The drawn world's words know no "User:".
+        return self.tokenizer.unk_token_id is None or self.tokenizer.unk_token_id not in self._ids("User: Assistant:")
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

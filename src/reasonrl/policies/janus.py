@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from attrs import define, frozen
 from torch import Tensor, nn
 
 from reasonrl.errors import CheckpointError, ConfigError
+from reasonrl.formats.files import checkpoint_folder, first_line, read_config, weight_files
+from reasonrl.formats.multi_modality import MODEL_TYPE, load_original, prepare_tokenizer
 from reasonrl.kernels import linear_log_prob, linear_logits
 
 if TYPE_CHECKING:
@@ -169,66 +172,61 @@ def _image_positions(lengths: Tensor, num_tokens: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def checkpoint_folder(path: str) -> Iterator[Path]:
+def packaged_or(name: str) -> Iterator[Path]:
     """Yields the folder of a checkpoint: "nano" is the packaged one, otherwise a folder or a Hub name."""
-    if path == NANO:
+    if name == NANO:
         with as_file(files("reasonrl.scenes") / "nano") as folder:
             yield folder
-        return
-    folder = Path(path)
-    if not folder.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise CheckpointError(f"no checkpoint at {path}: give a folder, 'nano', or a Hub name like owner/model")
-    yield folder
+    else:
+        yield checkpoint_folder(name)
 
 
-def load_checkpoint(path: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
-    """Returns the module in float32 or its own dtype, and the tokenizer; safetensors only, no remote code."""
-    with checkpoint_folder(path) as folder:
-        return JanusModule(_model(folder)), _tokenizer(folder)
+def load_checkpoint(name: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
+    """Returns the module in its own dtype, and the tokenizer; in transformers' layout or the authors' own.
+
+    No pickle is run and no remote code. Raises CheckpointError.
+    """
+    with packaged_or(name) as folder, quiet():
+        original = read_config(folder).get("model_type") == MODEL_TYPE
+        model = load_original(folder) if original else _model(folder)
+        _refuse_dropout(model, folder)
+        return JanusModule(model.eval()), _tokenizer(folder, original=original, vocab=len(model.lm_head.weight))
 
 
 def _model(folder: Path) -> JanusForConditionalGeneration:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, JanusForConditionalGeneration
+    from transformers import JanusForConditionalGeneration
 
-    if folder.exists():
-        _refuse_incomplete(folder)
-    with quiet():
-        try:
-            kind = AutoConfig.from_pretrained(str(folder)).model_type
-            if kind != "janus":  # before weights of the default size are made for it: 7B parameters
-                raise ValueError(f"config.json says model_type {kind!r}, expected 'janus'")
-            model, info = JanusForConditionalGeneration.from_pretrained(
-                str(folder), use_safetensors=True, output_loading_info=True, dtype="auto"
-            )
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{folder}/model.safetensors cannot be read ({error}): it is truncated or no safetensors file"
-            ) from error
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder} is no Janus checkpoint: {_first_line(error)}") from error
+    kind = read_config(folder).get("model_type")
+    if kind != "janus":  # before weights of the default size are made for it: 7B parameters
+        raise CheckpointError(
+            f"{folder} is no Janus checkpoint: config.json says model_type {kind!r}, expected 'janus' or {MODEL_TYPE!r}"
+        )
+    paths = weight_files(folder)
+    try:
+        model, info = JanusForConditionalGeneration.from_pretrained(
+            str(folder),
+            use_safetensors=paths[0].suffix == ".safetensors",
+            weights_only=True,
+            output_loading_info=True,
+            dtype="auto",
+        )
+    except SafetensorError as error:
+        raise CheckpointError(f"{paths[0]} cannot be read ({error}): it is truncated or no safetensors file") from error
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{paths[0]} holds more than weights and was not run: convert it to safetensors where you trust it"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no Janus checkpoint: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     foreign = sorted(info["unexpected_keys"])
     if missing or foreign:
         raise CheckpointError(
-            f"{folder}/model.safetensors does not fit JanusForConditionalGeneration: {len(missing)} weights missing"
+            f"{paths[0]} does not fit JanusForConditionalGeneration: {len(missing)} weights missing"
             f" (first {missing[:1]}), {len(foreign)} unknown (first {foreign[:1]}): is it another model's file?"
         )
-    _refuse_dropout(model, folder)
-    return model.eval()
-
-
-def _refuse_incomplete(folder: Path) -> None:
-    wanted = {
-        "config.json": ["config.json"],
-        "weights": [p.name for p in folder.glob("*.safetensors")],
-    }
-    lacking = [what for what, names in wanted.items() if not names or not all((folder / n).is_file() for n in names)]
-    if lacking:
-        raise CheckpointError(
-            f"{folder} holds no {' and no '.join(lacking)}: a checkpoint folder has config.json, model.safetensors"
-            " and tokenizer files"
-        )
+    return model
 
 
 def _refuse_dropout(model: JanusForConditionalGeneration, folder: Path) -> None:
@@ -238,13 +236,16 @@ def _refuse_dropout(model: JanusForConditionalGeneration, folder: Path) -> None:
         raise ConfigError(f"{folder} uses dropout {live}: sampling and replay would differ, set it to 0 in config.json")
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+def _tokenizer(folder: Path, *, original: bool, vocab: int) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # An original's config.json is of a type that transformers does not know.
+    reader = PreTrainedTokenizerFast if original else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), padding_side="left")
+        found = reader.from_pretrained(str(folder), padding_side="left")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a JSON file of another shape
-        raise CheckpointError(f"{folder} holds no tokenizer: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} holds no tokenizer: {first_line(error)}") from error
+    return prepare_tokenizer(found, vocab)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, module: JanusModule) -> SpecialTokens:
@@ -262,10 +263,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, module: JanusModule) -> S
     if module.model.config.text_config.pad_token_id is None:
         module.model.config.text_config.pad_token_id = found["pad"]
     return SpecialTokens(**found)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -12,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from reasonrl.errors import CheckpointError, ContractError
+from reasonrl.formats.files import checkpoint_folder, read_config, read_weights
+from reasonrl.formats.multi_modality import MODEL_TYPE, load_original_decoder
 from reasonrl.interfaces import Renderer
 from reasonrl.noise import Draw
 from reasonrl.scenes import codec
@@ -79,26 +80,15 @@ def _vq_images(model: JanusVQVAE, tokens: Tensor) -> Iterator[Image.Image]:
 
 def load_decoder(path: str) -> JanusVQVAE:
     """Returns the VQ model of a Janus checkpoint, reading only its own weights; raises CheckpointError."""
-    from safetensors import SafetensorError, safe_open
     from transformers import JanusConfig, JanusVQVAE
 
-    folder = Path(path)
-    if not folder.exists() and path.count("/") == 1:
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards or not (folder / "config.json").is_file():
-        raise CheckpointError(f"no Janus checkpoint at {path}: a folder needs config.json and *.safetensors")
+    folder = checkpoint_folder(path)
+    config = read_config(folder)
+    if config.get("model_type") == MODEL_TYPE:
+        return load_original_decoder(folder).eval().requires_grad_(False)
+    found = read_weights(folder, prefix=PREFIX)
+    weights = {name.removeprefix(PREFIX): value for name, value in found.items()}
     model = JanusVQVAE(JanusConfig.from_pretrained(folder).vq_config)
-    weights: dict[str, Tensor] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                names = [n for n in file.keys() if n.startswith(PREFIX)]  # noqa: SIM118 - no mapping
-                weights |= {n.removeprefix(PREFIX): file.get_tensor(n) for n in names}
-        except SafetensorError as error:
-            raise CheckpointError(f"{shard} cannot be read ({error}): truncated, or no safetensors file") from error
     missing = sorted(set(model.state_dict()) - set(weights))
     if missing:
         raise CheckpointError(f"{path} lacks {len(missing)} VQ decoder weights, first {missing[0]}")

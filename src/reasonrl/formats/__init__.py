@@ -1,0 +1,1 @@
+"""Checkpoints as others write them: where their files are, and what their layouts mean."""

@@ -1,0 +1,247 @@
+"""Janus checkpoints as their authors publish them (`model_type: multi_modality`), read into transformers' model.
+
+Janus-Pro (arXiv 2501.17811) and GoT-R1 come in this layout. Only names and two shapes differ; no weight is computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+from torch import Tensor
+
+from reasonrl.errors import CheckpointError
+from reasonrl.formats.files import read_config, read_weights
+
+if TYPE_CHECKING:
+    from transformers import (
+        JanusConfig,
+        JanusForConditionalGeneration,
+        JanusVisionConfig,
+        JanusVQVAE,
+        JanusVQVAEConfig,
+        PreTrainedTokenizerBase,
+    )
+
+MODEL_TYPE = "multi_modality"
+PLAN_TOKENS = ("<|box_start|>", "<|box_end|>", "<|obj_start|>", "<|obj_end|>")
+"""GoT-R1's, in the order its processor adds them: the order is their ids."""
+PAD = "<｜▁pad▁｜>"
+HEADS = {"siglip_large_patch16_384": 16, "siglip_so400m_patch14_384": 16, "siglip_so400m_patch14_224": 16}
+"""Attention heads of the vision tower: the one size that its weights do not tell."""
+UNUSED = re.compile(
+    r"vision_model\.vision_tower\.attn_pool\..*|gen_vision_model\.quantize\.codebook_used|.*rotary_emb\.inv_freq"
+)
+_TOWER, _BLOCK = r"vision_model\.vision_tower", r"vision_model\.vision_tower\.blocks\.(\d+)"
+_LAYER = r"model.vision_model.encoder.layers.\1"
+_RENAMED = (
+    (r"language_model\.lm_head\.(.*)", r"lm_head.\1"),
+    (r"language_model\.model\.(.*)", r"model.language_model.\1"),
+    (r"gen_embed\.(.*)", r"model.generation_embeddings.\1"),
+    (r"gen_head\.output_mlp_projector\.(.*)", r"model.generation_head.proj_out.\1"),
+    (r"gen_head\.vision_head\.(.*)", r"model.generation_head.vision_head.\1"),
+    (_TOWER + r"\.patch_embed\.proj\.(.*)", r"model.vision_model.embeddings.patch_embedding.\1"),
+    (_TOWER + r"\.pos_embed", r"model.vision_model.embeddings.position_embedding.weight"),
+    (_TOWER + r"\.norm\.(.*)", r"model.vision_model.post_layernorm.\1"),
+    (_BLOCK + r"\.norm([12])\.(.*)", _LAYER + r".layer_norm\2.\3"),
+    (_BLOCK + r"\.attn\.proj\.(.*)", _LAYER + r".self_attn.projection_layer.\2"),
+    (_BLOCK + r"\.(attn\.qkv|mlp\.fc[12])\.(.*)", _LAYER + r".\2.\3"),
+    (r"gen_vision_model\.encoder\.conv_blocks\.(.*)", r"model.vqmodel.encoder.down.\1"),
+    (r"gen_vision_model\.decoder\.conv_blocks\.(.*)", r"model.vqmodel.decoder.up.\1"),
+    (r"gen_vision_model\.(.*)", r"model.vqmodel.\1"),
+)
+_LAYERS = re.compile(r"(gen_)?aligner\.layers\.(\d+)\.(weight|bias)")
+_MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
+
+
+def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights under transformers' names; raises CheckpointError for names of another model."""
+    found: dict[str, Tensor] = {}
+    foreign = []
+    for name, value in weights.items():
+        if UNUSED.fullmatch(name):
+            continue
+        target = _renamed(name)
+        if target is None:
+            foreign.append(name)
+        elif ".attn.qkv." in target:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                found[target.replace("attn.qkv", f"self_attn.{part}_proj")] = rows
+        else:
+            found[target] = value.squeeze(0) if name.endswith("pos_embed") else value
+    if foreign:
+        raise CheckpointError(
+            f"{len(foreign)} weights are none of a Janus model's (first: {', '.join(sorted(foreign)[:3])}):"
+            " is config.json another model's?"
+        )
+    return found
+
+
+def _renamed(name: str) -> str | None:
+    layer = _LAYERS.fullmatch(name)
+    if layer:  # a Sequential of linear layers with activations between them
+        owner = "model.generation_aligner" if layer[1] else "model.aligner"
+        number = int(layer[2]) // 2
+        return f"{owner}.{'fc1' if number == 0 else f'hidden_layers.{number - 1}'}.{layer[3]}"
+    for pattern, replacement in _RENAMED:
+        if re.fullmatch(pattern, name):
+            target = re.sub(pattern, replacement, name)
+            target = re.sub(r"\.mid\.([012])\.", lambda m: f".mid.{_MIDDLE[m[1]]}.", target)
+            return re.sub(r"\.(down|up)\.(\d+)\.res\.", r".\1.\2.block.", target)
+    return None
+
+
+@frozen
+class _Shapes:
+    """Reads sizes off the weights' shapes: the published config names its parts and leaves out their sizes."""
+
+    weights: Mapping[str, Tensor]
+
+    def of(self, name: str) -> list[int]:
+        try:
+            return list(self.weights[name].shape)
+        except KeyError:
+            raise CheckpointError(f"the checkpoint lacks the weight {name}: is a shard missing?") from None
+
+    def number(self, pattern: str) -> int:
+        """Returns one more than the largest number that the pattern captures; 0 = none."""
+        found = [int(m[1]) for name in self.weights if (m := re.match(pattern, name))]
+        return max(found, default=-1) + 1
+
+
+def janus_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) -> JanusConfig:
+    """Returns transformers' config of a published config.json and its weights; raises CheckpointError."""
+    from transformers import JanusConfig, LlamaConfig
+
+    text = {k: v for k, v in dict(original.get("language_config", {})).items() if not k.startswith("_")}
+    text.pop("torch_dtype", None)
+    language = LlamaConfig(**{"tie_word_embeddings": False, **text})
+    rows, columns = _Shapes(weights).of("language_model.model.embed_tokens.weight")
+    if (rows, columns) != (language.vocab_size, language.hidden_size):
+        raise CheckpointError(
+            f"config.json says {language.vocab_size} words of width {language.hidden_size}, the weights hold {rows} of"
+            f" width {columns}: config and weights are of two models"
+        )
+    return JanusConfig(
+        text_config=language,
+        vision_config=vision_config(original, weights),
+        vq_config=vq_config(original, weights),
+        tie_word_embeddings=language.tie_word_embeddings,
+    )
+
+
+def vision_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) -> JanusVisionConfig:
+    """Returns the config of the tower that sees; raises CheckpointError."""
+    from transformers import JanusVisionConfig
+
+    shapes, tower = _Shapes(weights), "vision_model.vision_tower."
+    params = _params(original, "vision_config")
+    named = str(params.get("model_name", ""))
+    if named not in HEADS:
+        raise CheckpointError(f"vision tower {named!r} is not known: expected one of {', '.join(HEADS)}")
+    width, _, patch, _ = shapes.of(tower + "patch_embed.proj.weight")
+    size = int(params.get("image_size", 384))
+    return JanusVisionConfig(
+        hidden_size=width,
+        num_hidden_layers=shapes.number(rf"{re.escape(tower)}blocks\.(\d+)\."),
+        num_attention_heads=HEADS[named],
+        image_size=size,
+        patch_size=patch,
+        mlp_ratio=shapes.of(tower + "blocks.0.mlp.fc1.weight")[0] / width,
+        projection_dim=shapes.of("aligner.layers.0.weight")[0],
+        depth=shapes.number(r"aligner\.layers\.(\d+)\.") // 2 + 1,
+        num_image_tokens=(size // patch) ** 2,
+    )
+
+
+def vq_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) -> JanusVQVAEConfig:
+    """Returns the config of the image tokens and their decoder, from weights named gen_*; raises CheckpointError."""
+    from transformers import JanusVQVAEConfig
+
+    shapes, vq = _Shapes(weights), "gen_vision_model."
+    size = int(_params(original, "vision_config").get("image_size", 384))
+    num_codes, width = shapes.of("gen_embed.weight")
+    levels = shapes.number(rf"{re.escape(vq)}encoder\.conv_blocks\.(\d+)\.")
+    base, channels, *_ = shapes.of(vq + "encoder.conv_in.weight")
+    outs = [shapes.of(f"{vq}encoder.conv_blocks.{i}.res.0.conv1.weight")[0] for i in range(levels)]
+    return JanusVQVAEConfig(
+        embed_dim=width,
+        num_embeddings=num_codes,
+        latent_channels=shapes.of(vq + "encoder.conv_out.weight")[0],
+        in_channels=channels,
+        out_channels=shapes.of(vq + "decoder.conv_out.weight")[0],
+        base_channels=base,
+        channel_multiplier=[out // base for out in outs],
+        num_res_blocks=shapes.number(rf"{re.escape(vq)}encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        num_patches=size // 2 ** (levels - 1),
+        projection_dim=shapes.of("gen_aligner.layers.0.weight")[0],
+        num_hidden_layers=shapes.number(r"gen_aligner\.layers\.(\d+)\.") // 2 + 1,
+        image_token_embed_dim=shapes.of("gen_head.output_mlp_projector.weight")[0],
+    )
+
+
+def _params(original: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    found = original.get(part)
+    if not isinstance(found, Mapping) or not isinstance(found.get("params"), Mapping):
+        raise CheckpointError(f"config.json has no {part}.params: it is no {MODEL_TYPE} checkpoint")
+    params: Mapping[str, Any] = found["params"]
+    return params
+
+
+def load_original(folder: Path) -> JanusForConditionalGeneration:
+    """Returns the model of a folder in the published layout, in its weights' dtype; raises CheckpointError."""
+    from transformers import JanusForConditionalGeneration
+
+    weights = read_weights(folder)
+    config = janus_config(read_config(folder), weights)
+    model, info = JanusForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict=renamed(weights),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with their names
+        dtype=weights["gen_embed.weight"].dtype,
+    )
+    missing, wrong = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing or wrong:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weights (first {missing[:1]}) and has {len(wrong)} of another shape (first"
+            f" {wrong[:1]}): is a shard missing, or config.json another model's?"
+        )
+    return model
+
+
+def load_original_decoder(folder: Path) -> JanusVQVAE:
+    """Returns the image tokens' codes and decoder alone, reading no other weights; raises CheckpointError."""
+    from transformers import JanusVQVAE
+
+    weights = read_weights(folder, prefix="gen_")
+    model = JanusVQVAE(vq_config(read_config(folder), weights))
+    prefix = "model.vqmodel."
+    found = {n.removeprefix(prefix): v for n, v in renamed(weights).items() if n.startswith(prefix)}
+    missing = sorted(set(model.state_dict()) - set(found))
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} VQ decoder weights, first {missing[0]}")
+    model.load_state_dict(found)
+    return model
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab: int) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer with GoT-R1's plan tokens and padding; raises CheckpointError if they do not fit.
+
+    Janus-Pro's tokenizer lacks the plan tokens; its embeddings have rows to spare, and GoT-R1 was trained on those.
+    """
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for token in PLAN_TOKENS if token not in known])
+    largest = max(tokenizer.convert_tokens_to_ids(list(PLAN_TOKENS)))
+    if largest >= vocab:
+        raise CheckpointError(
+            f"the tokenizer's plan tokens ({', '.join(PLAN_TOKENS)}) end at id {largest}, the model knows {vocab} words"
+            ": tokenizer and model are of two checkpoints, or the embeddings must be made larger"
+        )
+    if tokenizer.pad_token is None and PAD in known:
+        tokenizer.pad_token = PAD
+    return tokenizer
