@@ -21,6 +21,7 @@ from reasonrl.batch import Row
 from reasonrl.config import from_record, to_record
 from reasonrl.errors import CheckpointError, ConfigError
 from reasonrl.eval import Answer, evaluate
+from reasonrl.interfaces import Trainable
 from reasonrl.journal import Journal, summary
 from reasonrl.loop import Learner, train
 from reasonrl.progress import Progress
@@ -28,6 +29,7 @@ from reasonrl.recipe import Recipe, load_prompts
 from reasonrl.report import write_report
 from reasonrl.rollout import Experience, rollouts
 from reasonrl.types import Prompt, Trajectory, Verdict
+from reasonrl.weights import Weights
 
 ROOTS = {"recipe": Recipe}
 NUM_SHOWN = 8
@@ -110,6 +112,8 @@ class _Session:
     def run(self, experience: Experience) -> Path:
         """Evaluates, trains, evaluates, reports; whatever stops it, finished steps are saved."""
         hooks.call("run_start", recipe=self.recipe, directory=self.directory)
+        for trainable, weights in self.learner.weights.items():
+            self.progress.say(counted(trainable, weights))
         error: BaseException | None = None
         try:
             with self._interruptible():
@@ -307,3 +311,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} holds a {type(record).__name__}, not a recipe's record")
     return record
+
+
+def counted(trainable: Trainable, weights: Weights) -> str:
+    """Returns how many parameters learn, of how many."""
+    learns = sum(p.numel() for p in weights.live)
+    every = sum(p.numel() for p in trainable.module.parameters())
+    return f"{type(trainable).__name__}: {learns:,} of {every:,} parameters learn"

@@ -15,6 +15,7 @@ from reasonrl.interfaces import Policy, Teachable
 from reasonrl.noise import Draw, uniform
 from reasonrl.policies.janus import Loader, SpecialTokens, quiet, special_tokens
 from reasonrl.policies.janus_sampler import Drawn, Sampler
+from reasonrl.policies.trained_parts import PARTS, Trained, has_adapters, merged_weights, save_adapters
 from reasonrl.types import Batch, Prompt, Replay, Segment, Stop, Trajectory
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ class GoTR1(Policy, Teachable):
     template: str = field(default=TEMPLATE)
     sample_rows: int = field(default=256, validator=validators.ge(1))
     """Trajectories drawn at once; part of the batch composition, so of bit-exactness."""
+    trained: tuple[str, ...] = field(
+        default=tuple(PARTS), converter=tuple, validator=validators.deep_iterable(validators.in_(PARTS))
+    )
+    """Parts that learn: language_model, embeddings, heads. The tower that sees and the image decoder never do."""
+    lora_rank: int = field(default=0, validator=validators.ge(0))
+    """Above 0, adapters of the language model's linear layers learn instead of the layers (32 in GoT-R1's paper)."""
+    lora_alpha: float = field(default=32.0, validator=validators.gt(0))
     blank_frac: float = field(default=0.1, validator=[validators.ge(0), validators.le(1)])
     """Share of demonstrations whose prompt and plan are blanked: they teach the unconditional branch."""
     _loader: Loader = field(factory=Loader, eq=False, repr=False)
@@ -71,12 +79,12 @@ class GoTR1(Policy, Teachable):
     @property
     def module(self) -> JanusModule:
         """The Janus model, loaded on first use."""
-        return self._loader.load(self.checkpoint)[0]
+        return self._loader.load(self.checkpoint, self._trained)[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
-        return self._loader.load(self.checkpoint)[1]
+        return self._loader.load(self.checkpoint, self._trained)[1]
 
     @property
     def special(self) -> SpecialTokens:
@@ -125,10 +133,19 @@ class GoTR1(Policy, Teachable):
         return [self._encoded(t) for t in trajectories]
 
     def save(self, folder: Path) -> None:
-        """Writes a transformers checkpoint: config, safetensors, tokenizer."""
+        """Writes a transformers checkpoint: config, safetensors, tokenizer; adapters merged, and apart in adapter/."""
+        model = self.module.model
         with quiet():
-            self.module.model.save_pretrained(folder)
+            if has_adapters(model):
+                model.save_pretrained(folder, state_dict=merged_weights(model))
+                save_adapters(model, folder / "adapter")
+            else:
+                model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+    @property
+    def _trained(self) -> Trained:
+        return Trained(self.trained, self.lora_rank, self.lora_alpha)
 
     def _sample(self, prompts: Sequence[Prompt], group_size: int, draw: Draw) -> list[Trajectory]:
         rows = [(p, (g,)) for p in prompts for g in range(group_size)]

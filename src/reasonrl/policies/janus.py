@@ -18,6 +18,7 @@ from reasonrl.errors import CheckpointError, ConfigError
 from reasonrl.formats.files import checkpoint_folder, first_line, read_config, weight_files
 from reasonrl.formats.multi_modality import MODEL_TYPE, load_original, prepare_tokenizer
 from reasonrl.kernels import linear_log_prob, linear_logits
+from reasonrl.policies.trained_parts import Trained
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
@@ -39,14 +40,15 @@ class SpecialTokens:
 class Loader:
     """Holds one loaded checkpoint, so that variants of a policy (`attrs.evolve`) share its weights."""
 
-    path: str | None = None
+    key: tuple[str, Trained] | None = None
     _loaded: tuple[JanusModule, PreTrainedTokenizerBase] | None = None
 
-    def load(self, path: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
+    def load(self, path: str, trained: Trained) -> tuple[JanusModule, PreTrainedTokenizerBase]:
         """Returns module and tokenizer, loading them once; raises CheckpointError."""
-        if self._loaded is None or self.path != path:
+        if self._loaded is None or self.key != (path, trained):
             self._loaded = load_checkpoint(path)
-            self.path = path
+            trained.prepare(self._loaded[0].model)
+            self.key = (path, trained)
         return self._loaded
 
 
@@ -56,9 +58,6 @@ class JanusModule(nn.Module):
     def __init__(self, model: JanusForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        # Neither tower takes part in drawing: no gradient reaches them, so they are not trained.
-        for tower in (model.model.vision_model, model.model.aligner, model.model.vqmodel):
-            tower.requires_grad_(False)
 
     def forward(
         self,

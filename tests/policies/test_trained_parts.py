@@ -1,0 +1,126 @@
+"""What of a Janus model learns: whole parts, or adapters."""
+
+import pytest
+import torch
+from attrs import evolve
+from peft import PeftModel
+from transformers import JanusForConditionalGeneration
+
+from reasonrl import Draw, Prompt
+from reasonrl.batch import Row, collate
+from reasonrl.objectives import GRPO
+from reasonrl.policies import GoTR1
+from reasonrl.session import run
+
+PROMPT = Prompt("a", "a red circle left of a blue square")
+
+
+def learning(policy: GoTR1) -> set[str]:
+    return {name for name, p in policy.module.model.named_parameters() if p.requires_grad}
+
+
+def stirred(policy: GoTR1) -> GoTR1:
+    """Moves everything that learns, as training would."""
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.05)
+    return policy
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.tensor([[2, 20, 30, 40, 4]])
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def test_everything_that_draws_learns_by_default(nano_folder):
+    frozen = {n for n, _ in GoTR1(str(nano_folder)).module.model.named_parameters()} - learning(GoTR1(str(nano_folder)))
+    towers = ("model.vision_model.", "model.aligner.", "model.vqmodel.")
+    assert frozen
+    assert all(name.startswith(towers) for name in frozen)
+
+
+@pytest.mark.parametrize(
+    ("parts", "prefixes"),
+    [
+        (("heads",), ("model.generation_head.", "lm_head.")),
+        (("language_model",), ("model.language_model.layers.", "model.language_model.norm.")),
+    ],
+)
+def test_a_part_learns_alone(nano_folder, parts, prefixes):
+    found = learning(GoTR1(str(nano_folder), trained=parts))
+    assert found
+    assert all(name.startswith(prefixes) for name in found)
+
+
+def test_a_part_that_is_none_is_refused(nano_folder):
+    with pytest.raises(ValueError, match="language"):
+        GoTR1(str(nano_folder), trained=("language",))
+
+
+def test_adapters_learn_instead_of_their_layers_and_begin_as_nothing(nano_folder):
+    plain, adapted = GoTR1(str(nano_folder)), GoTR1(str(nano_folder), trained=("language_model", "heads"), lora_rank=4)
+    found = learning(adapted)
+    assert any(".lora_A." in name for name in found)
+    assert any(name.startswith("model.generation_head.") for name in found)
+    assert all(".lora_" in name or name.startswith(("lm_head.", "model.generation_head.")) for name in found)
+    assert torch.equal(logits(plain.module.model), logits(adapted.module.model))
+    again = GoTR1(str(nano_folder), trained=("language_model", "heads"), lora_rank=4)
+    for (name, one), (_, other) in zip(adapted.module.named_parameters(), again.module.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_adapters_are_replayed_as_they_were_sampled(nano_folder):
+    policy = stirred(GoTR1(str(nano_folder), guidance=5.0, max_tokens=12, lora_rank=4))
+    drawn = policy.sample([PROMPT], group_size=3, draw=Draw(0, 0))
+    batch = collate([Row(t, {}, {}, frozenset(policy.stages)) for t in drawn], policy.stages)
+    with torch.no_grad():
+        found = policy.replay(batch, dict(policy.offers))
+    for name in policy.stages:
+        stage = batch.stages[name]
+        assert (found[name].log_probs - stage.log_probs)[stage.mask].abs().max() <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers
+def test_adapters_are_saved_merged_for_transformers_and_apart_for_peft(nano_folder, tmp_path):
+    policy = stirred(GoTR1(str(nano_folder), trained=("language_model",), lora_rank=4, lora_alpha=8.0))
+    wanted = logits(policy.module.model)
+    policy.save(tmp_path / "saved")
+    merged = JanusForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    assert not any("lora" in name for name in merged.state_dict())
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-5, rtol=0)
+    base = JanusForConditionalGeneration.from_pretrained(nano_folder).eval()
+    peft = PeftModel.from_pretrained(base, tmp_path / "saved" / "adapter").eval()
+    torch.testing.assert_close(logits(peft), wanted, atol=1e-6, rtol=0)
+    again = GoTR1(str(tmp_path / "saved")).module.model
+    torch.testing.assert_close(logits(again), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_run_with_adapters_moves_nothing_else_and_resumes_to_the_same_bits(tiny, nano_folder, tmp_path, capsys):
+    def recipe(steps):
+        policy = GoTR1(str(nano_folder), guidance=1.0, max_tokens=12, trained=("language_model",), lora_rank=4)
+        return evolve(tiny(objective=GRPO(kl=0.05)), policy=policy, steps=steps)
+
+    base = JanusForConditionalGeneration.from_pretrained(nano_folder).state_dict()
+    whole = recipe(3)
+    run(whole, tmp_path / "whole", quiet=False)
+    said = capsys.readouterr().err
+    count = sum(p.numel() for p in whole.policy.module.parameters() if p.requires_grad)
+    assert f"GoTR1: {count:,} of " in said
+    moved = 0
+    for name, value in whole.policy.module.model.state_dict().items():
+        if ".lora_B." in name:
+            moved += int(value.any())
+        elif ".lora_" not in name:
+            assert torch.equal(value, base[name.replace(".base_layer.", ".")]), name
+    assert moved
+
+    run(recipe(2), tmp_path / "parts", quiet=True)
+    rest = recipe(3)
+    run(rest, tmp_path / "parts", resume=True, quiet=True)
+    for (name, one), (_, other) in zip(
+        whole.policy.module.named_parameters(), rest.policy.module.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
