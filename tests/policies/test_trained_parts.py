@@ -124,3 +124,47 @@ def test_a_run_with_adapters_moves_nothing_else_and_resumes_to_the_same_bits(tin
         whole.policy.module.named_parameters(), rest.policy.module.named_parameters(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+def slopes(policy: GoTR1) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Returns a loss, its gradients, and the bytes that autograd kept."""
+    drawn = GoTR1(policy.checkpoint, guidance=policy.guidance, max_tokens=12).sample(
+        [PROMPT], group_size=2, draw=Draw(0, 0)
+    )
+    batch = collate([Row(t, {}, {}, frozenset(policy.stages)) for t in drawn], policy.stages)
+    kept: dict[int, int] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        found = policy.replay(batch, dict(policy.offers))
+        loss = sum(replay.log_probs.sum() for replay in found.values())
+    loss.backward()
+    return (
+        loss.item(),
+        {n: p.grad for n, p in policy.module.named_parameters() if p.grad is not None},
+        sum(kept.values()),
+    )
+
+
+def test_recomputed_layers_have_the_same_gradients_and_keep_less(nano_folder):
+    plain = slopes(GoTR1(str(nano_folder), guidance=5.0))
+    again = slopes(GoTR1(str(nano_folder), guidance=5.0, gradient_checkpointing=True))
+    assert again[0] == plain[0]
+    assert plain[1].keys() == again[1].keys()
+    for name, slope in plain[1].items():
+        torch.testing.assert_close(again[1][name], slope, atol=1e-6, rtol=1e-5)
+    assert again[2] < 0.7 * plain[2]
+
+
+def test_a_detached_branch_changes_the_gradient_and_not_the_log_probs(nano_folder):
+    policy = GoTR1(str(nano_folder), guidance=5.0)
+    both, alone = slopes(policy), slopes(GoTR1(str(nano_folder), guidance=5.0, detached=True))
+    assert both[0] == pytest.approx(alone[0], rel=1e-6)
+    assert alone[2] < both[2]
+    head = "model.model.generation_head.vision_head.weight"
+    torch.testing.assert_close(alone[1][head], both[1][head])  # of the mix, which is the same
+    name = "model.model.language_model.layers.0.self_attn.q_proj.weight"
+    assert (both[1][name] - alone[1][name]).norm() > 0.1 * both[1][name].norm()

@@ -217,6 +217,12 @@ def _backward(
     to_bias = torch.zeros_like(bias, dtype=top.dtype) if needs_bias else None
     to_low_hidden = GradientSum.of(low_hidden, needs_low_hidden, cuts.cols >= len(weight))
     to_low_weight = GradientSum.of(low_weight, needs_low_weight, 0 < len(hidden) <= cuts.rows)
+    operand, low_operand = head.operand, low_hidden
+    if hidden.is_cuda or bool((target == SKIP).any()):  # asking a GPU would mean to wait for it
+        # A row that is left out may hold nan, and 0 × nan is nan.
+        kept = (target != SKIP)[:, None]
+        operand = torch.where(kept, operand, 0.0) if needs_weight else operand
+        low_operand = None if low_hidden is None else torch.where(kept, low_hidden, 0.0)
     room = torch.empty(head.most if triton else 0, dtype=weight.dtype, device=weight.device)
     for v0, v1, r0, r1 in cuts.blocks(len(hidden), len(weight)):
         z = head.logits(v0, v1, r0, r1)
@@ -235,14 +241,12 @@ def _backward(
                 weight.dtype
             )
         to_hidden.add(r0, r1, dz, weight[v0:v1])
-        kept = (target[r0:r1] != SKIP)[:, None]
-        if needs_weight:  # a row that is left out may hold nan: 0 × nan is nan
-            to_weight.add(v0, v1, dz.T, torch.where(kept, head.operand[r0:r1], 0.0))
+        to_weight.add(v0, v1, dz.T, operand[r0:r1])
         if to_bias is not None:
             to_bias[v0:v1] += dz.sum(0, dtype=top.dtype)
         if low_hidden is not None:
             to_low_hidden.add(r0, r1, dz, low_weight[v0:v1].to(dz.dtype))
-            to_low_weight.add(v0, v1, dz.T, torch.where(kept, low_hidden[r0:r1].to(dz.dtype), 0.0))
+            to_low_weight.add(v0, v1, dz.T, low_operand[r0:r1].to(dz.dtype))
     return (
         to_hidden.done(hidden, scale),
         to_weight.done(hidden, scale),

@@ -69,6 +69,7 @@ class JanusModule(nn.Module):
         *,
         blank: Tensor,
         guidance: float,
+        detached: bool,
         temperature: float,
         entropy: bool,
     ) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -76,7 +77,8 @@ class JanusModule(nn.Module):
 
         text (N, L) is the right-padded prompt and reasoning, `lengths` (N,) its true length up to and
         including begin-of-image; image (N, T) follows it. text_at (N, L) and image_at (N, T) mark the
-        wanted tokens. `blank` (N,) rows see the unconditional prefix instead of their own.
+        wanted tokens. `blank` (N,) rows see the unconditional prefix instead of their own. `detached` leaves the
+        unconditional branch without gradient.
         """
         rows = torch.where(blank, 1, 0)
         has_image = bool(image_at.any())
@@ -101,8 +103,9 @@ class JanusModule(nn.Module):
             states = self._image_states(hidden, where, image_at)
             uncond = None
             if guidance != 1.0:
-                other = self._hidden(self.unconditional(text, lengths), image, lengths)
-                uncond = self._image_states(other, where, image_at)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
+                    other = self._hidden(self.unconditional(text, lengths), image, lengths)
+                    uncond = self._image_states(other, where, image_at)
             head = self.model.model.generation_head.vision_head
             found = linear_log_prob(
                 states,

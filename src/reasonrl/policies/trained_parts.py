@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +31,17 @@ class Trained:
     parts: tuple[str, ...]
     rank: int = 0
     alpha: float = 32.0
+    recomputes: bool = False
+    """Layers keep their inputs alone and compute the rest again in backward (gradient checkpointing)."""
 
     def prepare(self, model: JanusForConditionalGeneration) -> None:
-        """Freezes what does not learn, and adds the adapters."""
+        """Freezes what does not learn, adds the adapters, and sets recomputation."""
+        if self.recomputes:
+            language = model.model.language_model
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer releases rename it, older ones know no other
+                language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            language.train()  # transformers recomputes in this mode only; there is no dropout to switch on
         prefixes = tuple(prefix for part in self.parts for prefix in PARTS[part])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes))
