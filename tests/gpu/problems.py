@@ -1,8 +1,7 @@
 """Inputs at the shapes of training, made on the GPU, and their answers in float64."""
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -125,16 +124,6 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fills what torch.empty gives with nan: an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def extra_memory(ask: Callable[[], tuple[Tensor, ...]]) -> int:

@@ -16,13 +16,13 @@ from tests.gpu.problems import (
     head,
     in_float64,
     leaves,
-    poisoned,
     policy_batch,
     random,
     relative,
     rounded,
     words,
 )
+from tests.kernels.backends import poisoned
 
 from reasonrl.kernels import group_advantages, linear_log_prob, policy_loss, reference, selective_log_prob
 from reasonrl.kernels.backend import uses_triton

@@ -26,3 +26,13 @@ def running(backend: str) -> Iterator[None]:
         mock.patch("reasonrl.kernels.policy.uses_triton", chosen),
     ):
         yield
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills what torch.empty gives with nan: an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,15 +1,13 @@
 """Every backend against `reference`, in float64 on the same inputs; then properties, then bugs of peers."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.backends import DEVICE, each_backend, quiet, running
+from tests.kernels.backends import DEVICE, each_backend, poisoned, quiet, running
 from torch import Tensor
 
 from reasonrl.errors import ContractError
@@ -43,16 +41,6 @@ def gradients(found: reference.LogProbs, inputs: list[Tensor], *, entropy: bool 
         assert found.entropy is not None
         total = total + (found.entropy.flatten() * slopes.flip(0)).sum()
     return list(torch.autograd.grad(total, inputs))
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fills what torch.empty gives with nan: an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

@@ -6,7 +6,7 @@ from attrs import evolve
 from peft import PeftModel
 from transformers import JanusForConditionalGeneration
 
-from reasonrl import Draw, Prompt
+from reasonrl import ConfigError, Draw, Prompt
 from reasonrl.batch import Row, collate
 from reasonrl.objectives import GRPO
 from reasonrl.policies import GoTR1
@@ -58,6 +58,8 @@ def test_a_part_learns_alone(nano_folder, parts, prefixes):
 def test_a_part_that_is_none_is_refused(nano_folder):
     with pytest.raises(ValueError, match="language"):
         GoTR1(str(nano_folder), trained=("language",))
+    with pytest.raises(ConfigError, match="lora_rank=4 adapts the language model, and trained="):
+        GoTR1(str(nano_folder), trained=("heads",), lora_rank=4)
 
 
 def test_adapters_learn_instead_of_their_layers_and_begin_as_nothing(nano_folder):

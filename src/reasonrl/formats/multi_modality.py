@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from torch import Tensor
 
 from reasonrl.errors import CheckpointError
-from reasonrl.formats.files import read_config, read_weights
 
 if TYPE_CHECKING:
     from transformers import (
         JanusConfig,
-        JanusForConditionalGeneration,
         JanusVisionConfig,
-        JanusVQVAE,
         JanusVQVAEConfig,
         PreTrainedTokenizerBase,
     )
@@ -189,44 +185,6 @@ def _params(original: Mapping[str, Any], part: str) -> Mapping[str, Any]:
         raise CheckpointError(f"config.json has no {part}.params: it is no {MODEL_TYPE} checkpoint")
     params: Mapping[str, Any] = found["params"]
     return params
-
-
-def load_original(folder: Path) -> JanusForConditionalGeneration:
-    """Returns the model of a folder in the published layout, in its weights' dtype; raises CheckpointError."""
-    from transformers import JanusForConditionalGeneration
-
-    weights = read_weights(folder)
-    config = janus_config(read_config(folder), weights)
-    model, info = JanusForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=renamed(weights),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, with their names
-        dtype=weights["gen_embed.weight"].dtype,
-    )
-    missing, wrong = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
-    if missing or wrong:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights (first {missing[:1]}) and has {len(wrong)} of another shape (first"
-            f" {wrong[:1]}): is a shard missing, or config.json another model's?"
-        )
-    return model
-
-
-def load_original_decoder(folder: Path) -> JanusVQVAE:
-    """Returns the image tokens' codes and decoder alone, reading no other weights; raises CheckpointError."""
-    from transformers import JanusVQVAE
-
-    weights = read_weights(folder, prefix="gen_")
-    model = JanusVQVAE(vq_config(read_config(folder), weights))
-    prefix = "model.vqmodel."
-    found = {n.removeprefix(prefix): v for n, v in renamed(weights).items() if n.startswith(prefix)}
-    missing = sorted(set(model.state_dict()) - set(found))
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} VQ decoder weights, first {missing[0]}")
-    model.load_state_dict(found)
-    return model
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab: int) -> PreTrainedTokenizerBase:

@@ -64,6 +64,14 @@ class GoTR1(Policy, Teachable):
     """Share of demonstrations whose prompt and plan are blanked: they teach the unconditional branch."""
     _loader: Loader = field(factory=Loader, eq=False, repr=False)
 
+    @lora_rank.validator
+    def _has_layers(self, _: object, value: int) -> None:
+        if value and "language_model" not in self.trained:
+            raise ConfigError(
+                f"lora_rank={value} adapts the language model, and trained={self.trained} leaves it out: add"
+                " 'language_model', or set lora_rank=0"
+            )
+
     @template.validator
     def _has_prompt(self, _: object, value: str) -> None:
         if value.count("{prompt}") != 1:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,9 @@ from attrs import define, frozen
 from torch import Tensor, nn
 
 from reasonrl.errors import CheckpointError, ConfigError
-from reasonrl.formats.files import checkpoint_folder, first_line, read_config, weight_files
-from reasonrl.formats.multi_modality import MODEL_TYPE, load_original, prepare_tokenizer
+from reasonrl.formats.files import checkpoint_folder, first_line
+from reasonrl.formats.janus import is_published, load_janus
+from reasonrl.formats.multi_modality import prepare_tokenizer
 from reasonrl.kernels import linear_log_prob, linear_logits
 from reasonrl.policies.trained_parts import Trained
 
@@ -189,46 +189,9 @@ def load_checkpoint(name: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
     No pickle is run and no remote code. Raises CheckpointError.
     """
     with packaged_or(name) as folder, quiet():
-        original = read_config(folder).get("model_type") == MODEL_TYPE
-        model = load_original(folder) if original else _model(folder)
+        model = load_janus(folder)
         _refuse_dropout(model, folder)
-        return JanusModule(model.eval()), _tokenizer(folder, original=original, vocab=len(model.lm_head.weight))
-
-
-def _model(folder: Path) -> JanusForConditionalGeneration:
-    from safetensors import SafetensorError
-    from transformers import JanusForConditionalGeneration
-
-    kind = read_config(folder).get("model_type")
-    if kind != "janus":  # before weights of the default size are made for it: 7B parameters
-        raise CheckpointError(
-            f"{folder} is no Janus checkpoint: config.json says model_type {kind!r}, expected 'janus' or {MODEL_TYPE!r}"
-        )
-    paths = weight_files(folder)
-    try:
-        model, info = JanusForConditionalGeneration.from_pretrained(
-            str(folder),
-            use_safetensors=paths[0].suffix == ".safetensors",
-            weights_only=True,
-            output_loading_info=True,
-            dtype="auto",
-        )
-    except SafetensorError as error:
-        raise CheckpointError(f"{paths[0]} cannot be read ({error}): it is truncated or no safetensors file") from error
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"{paths[0]} holds more than weights and was not run: convert it to safetensors where you trust it"
-        ) from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is no Janus checkpoint: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    foreign = sorted(info["unexpected_keys"])
-    if missing or foreign:
-        raise CheckpointError(
-            f"{paths[0]} does not fit JanusForConditionalGeneration: {len(missing)} weights missing"
-            f" (first {missing[:1]}), {len(foreign)} unknown (first {foreign[:1]}): is it another model's file?"
-        )
-    return model
+        return JanusModule(model.eval()), _tokenizer(folder, vocab=len(model.lm_head.weight))
 
 
 def _refuse_dropout(model: JanusForConditionalGeneration, folder: Path) -> None:
@@ -238,11 +201,11 @@ def _refuse_dropout(model: JanusForConditionalGeneration, folder: Path) -> None:
         raise ConfigError(f"{folder} uses dropout {live}: sampling and replay would differ, set it to 0 in config.json")
 
 
-def _tokenizer(folder: Path, *, original: bool, vocab: int) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, *, vocab: int) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # An original's config.json is of a type that transformers does not know.
-    reader = PreTrainedTokenizerFast if original else AutoTokenizer
+    # The published layout's config.json is of a type that transformers does not know.
+    reader = PreTrainedTokenizerFast if is_published(folder) else AutoTokenizer
     try:
         found = reader.from_pretrained(str(folder), padding_side="left")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a JSON file of another shape

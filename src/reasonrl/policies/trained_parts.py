@@ -45,7 +45,7 @@ class Trained:
         prefixes = tuple(prefix for part in self.parts for prefix in PARTS[part])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes))
-        if self.rank and "language_model" in self.parts:
+        if self.rank:
             learns = {parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             inside = {p for n, p in model.named_parameters() if n.startswith(PARTS["language_model"])}
             _add_adapters(model, self.rank, self.alpha)
@@ -60,7 +60,6 @@ def _add_adapters(model: JanusForConditionalGeneration, rank: int, alpha: float)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SCALE_SEED)
         inject_adapter_in_model(settings, model)
-    model.reasonrl_lora = settings
 
 
 def save_adapters(model: JanusForConditionalGeneration, folder: Path) -> None:
@@ -72,12 +71,12 @@ def save_adapters(model: JanusForConditionalGeneration, folder: Path) -> None:
     named = {f"base_model.model.{name}": value.detach().contiguous() for name, value in weights.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.reasonrl_lora.save_pretrained(str(folder))
+    model.peft_config["default"].save_pretrained(str(folder))
 
 
 def has_adapters(model: JanusForConditionalGeneration) -> bool:
     """Returns whether the model was given adapters."""
-    return getattr(model, "reasonrl_lora", None) is not None
+    return getattr(model, "peft_config", None) is not None
 
 
 def merged_weights(model: JanusForConditionalGeneration) -> dict[str, Tensor]:

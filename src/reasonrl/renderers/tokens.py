@@ -10,9 +10,9 @@ from attrs import define, evolve, field, frozen, validators
 from PIL import Image
 from torch import Tensor
 
-from reasonrl.errors import CheckpointError, ContractError
-from reasonrl.formats.files import checkpoint_folder, read_config, read_weights
-from reasonrl.formats.multi_modality import MODEL_TYPE, load_original_decoder
+from reasonrl.errors import ContractError
+from reasonrl.formats.files import checkpoint_folder
+from reasonrl.formats.janus import load_decoder
 from reasonrl.interfaces import Renderer
 from reasonrl.noise import Draw
 from reasonrl.scenes import codec
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import JanusVQVAE
 
 PATCHES = "patches"
-PREFIX = "model.vqmodel."
 
 
 @define(eq=False)
@@ -32,7 +31,7 @@ class _Decoder:
 
     def load(self, path: str) -> JanusVQVAE:
         if self.model is None or self.path != path:
-            self.model, self.path = load_decoder(path), path
+            self.model, self.path = load_decoder(checkpoint_folder(path)), path
         return self.model
 
 
@@ -76,21 +75,3 @@ def _vq_images(model: JanusVQVAE, tokens: Tensor) -> Iterator[Image.Image]:
     scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     for image in scaled.permute(0, 2, 3, 1).numpy():
         yield Image.fromarray(image)
-
-
-def load_decoder(path: str) -> JanusVQVAE:
-    """Returns the VQ model of a Janus checkpoint, reading only its own weights; raises CheckpointError."""
-    from transformers import JanusConfig, JanusVQVAE
-
-    folder = checkpoint_folder(path)
-    config = read_config(folder)
-    if config.get("model_type") == MODEL_TYPE:
-        return load_original_decoder(folder).eval().requires_grad_(False)
-    found = read_weights(folder, prefix=PREFIX)
-    weights = {name.removeprefix(PREFIX): value for name, value in found.items()}
-    model = JanusVQVAE(JanusConfig.from_pretrained(folder).vq_config)
-    missing = sorted(set(model.state_dict()) - set(weights))
-    if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} VQ decoder weights, first {missing[0]}")
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
