@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reasonrl.kernels import group_advantages, guided_logits, log_softmax, selective_log_prob
-from reasonrl.kernels.reference import clipped_surrogate, k3
+from reasonrl.kernels.reference import k3, policy_terms
 
 EPS = 1e-4
 NEAR = (0.1 + 0.2, 0.3)  # equal but for rounding, on purpose
@@ -44,6 +44,13 @@ def transcribed(step: Step, *, scale: str = "std") -> list[float]:
         else:
             found.append((value - fmean(group)) / (stdev(group) + EPS if scale == "std" else 1.0))
     return found
+
+
+def clipped_surrogate(live, old, advantage, *, low, high):
+    """Returns each action's surrogate, and where it was clipped."""
+    rows = [value.reshape(1, -1) for value in (live, old, advantage)]
+    terms = policy_terms(*rows, torch.ones_like(rows[0], dtype=torch.bool), clip=(low, high))
+    return terms["surrogate"].reshape(live.shape), (terms["clip_low"] + terms["clip_high"]).reshape(live.shape).bool()
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -178,16 +178,6 @@ def divergence(log_prob: Tensor, reference: Tensor, kind: Divergence) -> Tensor:
     return -gap if kind == "k1" else gap.square() / 2
 
 
-def clipped_surrogate(
-    log_prob: Tensor, old: Tensor, advantages: Tensor, *, low: float, high: float
-) -> tuple[Tensor, Tensor]:
-    """Returns PPO's per-action −min(ρA, clip(ρ, 1−low, 1+high)A) (arXiv 1707.06347 eq. 7), and where it clipped."""
-    ratio = (log_prob - old).exp()
-    plain = ratio * advantages
-    clipped = ratio.clamp(1 - low, 1 + high) * advantages
-    return -torch.minimum(plain, clipped), clipped < plain
-
-
 def masked_aggregate(values: Tensor, mask: Tensor, agg: Aggregate, denominator: float | Tensor | None = None) -> Tensor:
     """Returns one number of (N, T) values where `mask`; an empty mask gives 0 with gradient 0.
 
