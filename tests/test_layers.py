@@ -30,7 +30,7 @@ cli
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 COMPONENTS = ("policies", "renderers", "judges", "objectives")
 SHARED = {
-    "policies": {"growing_cache", "janus", "janus_sampler", "trained_parts"},
+    "policies": {"cascade_cache", "janus", "janus_sampler", "llama_decoder", "stepper", "trained_parts"},
     "judges": {"vlm", "grounding", "layout"},
 }
 """Files that the others in their folder may import."""

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from reasonrl.types import Member
 
 
+BLOCK = 256
+"""Tokens whose probabilities are added before any is looked for."""
+
+
 @frozen
 class Draw:
     """The address of every random number of one step.
@@ -54,17 +58,32 @@ def _seeded(key: int) -> Generator:
 
 
 def choose(log_probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Returns (N,) int64 tokens of (N, V) natural log-probs by inverse CDF in float64.
+    """Returns (N,) int64 tokens of (N, V) natural log-probs by inverse CDF, summed in float64.
 
     One uniform in [0, 1) a row decides, so a row's token never depends on another row. A token of
     probability 0 is never chosen.
     """
     import torch
 
-    probs = log_probs.double().exp()
-    edges = probs.cumsum(-1)
+    probs = log_probs.exp()
+    rest = -probs.shape[-1] % BLOCK
+    probs = torch.nn.functional.pad(probs, (0, rest)) if rest else probs
+    probs = probs.unflatten(-1, (-1, BLOCK))
+    # First the block, then the token in it: V numbers are added once, and only blocks are searched in whole.
+    masses = probs.sum(-1, dtype=torch.float64)
+    edges = masses.cumsum(-1)
     # Scaling by the last edge keeps the uniform inside the distribution whatever rounding did to the sum.
     targets = uniforms.to(edges)[:, None] * edges[:, -1:]
-    tokens = torch.searchsorted(edges, targets, right=True).squeeze(-1)
-    last = (probs > 0).long().mul(torch.arange(1, probs.shape[-1] + 1, device=probs.device)).argmax(-1)
-    return torch.minimum(tokens, last)
+    block = torch.minimum(torch.searchsorted(edges, targets, right=True), _last_positive(masses))
+    below = torch.where(block > 0, edges.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = probs.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double()
+    place = torch.searchsorted(below + inside.cumsum(-1), targets, right=True)
+    return (block * BLOCK + torch.minimum(place, _last_positive(inside))).squeeze(-1)
+
+
+def _last_positive(masses: Tensor) -> Tensor:
+    """Returns (N, 1) places of each row's last number above 0."""
+    import torch
+
+    places = torch.arange(1, masses.shape[-1] + 1, device=masses.device)
+    return ((masses > 0) * places).argmax(-1, keepdim=True)

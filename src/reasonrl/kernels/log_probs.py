@@ -14,7 +14,7 @@ from reasonrl.kernels.chunks import MIB
 from reasonrl.kernels.epilogue import OUTSIDE, SKIP
 from reasonrl.kernels.log_prob_ops import linear_log_prob as _linear_op
 from reasonrl.kernels.log_prob_ops import logits_log_prob as _logits_op
-from reasonrl.kernels.matmul import product
+from reasonrl.kernels.matmul import product, ready_product
 from reasonrl.kernels.reference import IGNORED, LogProbs
 
 Precision = Literal["default", "exact", "fast"]
@@ -151,6 +151,32 @@ def linear_log_prob(
     return _log_probs(found, words, heat, shape, return_entropy)
 
 
+class ReadyHead:
+    """A linear head made ready for many small products: (N, V) float32 logits of (N, H) states, without gradient.
+
+    They are what `linear_log_prob` in its default precision takes the log-probs of. Sampling from these, and not from
+    logits that the head rounded to bfloat16, keeps replay on-policy. On a CPU it holds a float32 copy of the weight.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self._ready = None
+        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16, torch.float32):
+            self._ready = ready_product(self.weight.float())
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, *, uncond_hidden: Tensor | None = None, cfg_weight: float = 1.0) -> Tensor:
+        """Returns (N, V) float32 logits, guided as `linear_log_prob` guides."""
+        states = mixed(hidden, uncond_hidden, cfg_weight, keep_float=False)
+        if self._ready is not None and states.dtype != torch.float64:
+            found = self._ready(states.float())
+        else:
+            dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+            found = torch.empty(len(states), len(self.weight), dtype=dtype, device=states.device)
+            product(states, self.weight.to(states.dtype).T, found)
+        return found if self.bias is None else found.add_(self.bias.to(found.dtype))
+
+
 def linear_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -159,16 +185,8 @@ def linear_logits(
     uncond_hidden: Tensor | None = None,
     cfg_weight: float = 1.0,
 ) -> Tensor:
-    """Returns (N, V) float32 logits, guided as `linear_log_prob` guides: what a sampler draws from. No gradient.
-
-    Sampling from these, and not from logits that the head rounded to bfloat16, keeps replay on-policy.
-    """
-    with torch.no_grad():
-        states = mixed(hidden, uncond_hidden, cfg_weight, keep_float=False)
-        dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-        out = torch.empty(len(states), len(weight), dtype=dtype, device=states.device)
-        product(states, weight.to(states.dtype).T, out)
-        return out if bias is None else out.add_(bias.to(dtype))
+    """Returns the logits of `ReadyHead`, once."""
+    return ReadyHead(weight, bias).logits(hidden, uncond_hidden=uncond_hidden, cfg_weight=cfg_weight)
 
 
 def mixed(cond: Tensor, uncond: Tensor | None, cfg_weight: float, *, keep_float: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,3 +52,24 @@ def exact_products(operand: Tensor) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, after)
+
+
+def ready_product(weight: Tensor, bias: Tensor | None = None, *, num_rows: int = 32) -> Callable[[Tensor], Tensor]:
+    """Returns x ↦ x Wᵀ + b for many calls of about `num_rows` rows, without gradient.
+
+    On a CPU it holds a copy of the weight blocked as oneDNN wants it, where torch would reorder the weight at every
+    call: for a few rows that costs as much as the product. Elsewhere it is torch's own.
+    """
+    if not _can_block(weight):
+        return lambda value: torch.nn.functional.linear(value, weight, bias)
+    operators = torch.ops.mkldnn
+    blocked = operators._reorder_linear_weight(weight.detach(), num_rows)
+    return lambda value: operators._linear_pointwise(value, blocked, bias, "none", [], "")
+
+
+def _can_block(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32

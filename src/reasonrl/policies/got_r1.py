@@ -14,9 +14,9 @@ from reasonrl.errors import ConfigError, DataError
 from reasonrl.interfaces import Policy, Teachable
 from reasonrl.noise import Draw, uniform
 from reasonrl.policies.janus import Loader, SpecialTokens, quiet, special_tokens
-from reasonrl.policies.janus_sampler import Drawn, Sampler
+from reasonrl.policies.janus_sampler import Reasoned, Sampler, Tokens
 from reasonrl.policies.trained_parts import PARTS, Trained, has_adapters, merged_weights, save_adapters
-from reasonrl.types import Batch, Prompt, Replay, Segment, Stop, Trajectory
+from reasonrl.types import Batch, Member, Prompt, Replay, Segment, Stop, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +48,8 @@ class GoTR1(Policy, Teachable):
     temperature: float = field(default=1.0, validator=validators.gt(0))
     max_tokens: int = field(default=600, validator=validators.ge(1))
     """Most reasoning tokens, begin-of-image included."""
+    images_per_plan: int = field(default=1, validator=validators.ge(1))
+    """Images drawn after each plan; a group of 16 trajectories with 4 a plan has 4 plans."""
     template: str = field(default=TEMPLATE)
     sample_rows: int = field(default=256, validator=validators.ge(1))
     """Trajectories drawn at once; part of the batch composition, so of bit-exactness."""
@@ -116,7 +118,12 @@ class GoTR1(Policy, Teachable):
             raise DataError(f"{self.checkpoint} cannot read prompt {'; '.join(wrong[:3])}{more}: reword or remove them")
 
     def sample(self, prompts: Sequence[Prompt], *, group_size: int, draw: Draw) -> list[Trajectory]:
-        """Draws whole groups; each prompt is prefilled once for its group."""
+        """Draws whole groups: `group_size / images_per_plan` plans a prompt, the images of a plan side by side."""
+        if group_size % self.images_per_plan:
+            raise ConfigError(
+                f"group_size must be a multiple of images_per_plan={self.images_per_plan}, got {group_size}:"
+                " every plan of a group has as many images"
+            )
         self.check(prompts)
         size = max(1, self.sample_rows // group_size)
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -161,32 +168,45 @@ class GoTR1(Policy, Teachable):
         return Trained(self.trained, self.lora_rank, self.lora_alpha, self.gradient_checkpointing)
 
     def _sample(self, prompts: Sequence[Prompt], group_size: int, draw: Draw) -> list[Trajectory]:
-        rows = [(p, (g,)) for p in prompts for g in range(group_size)]
-        keys = {s: [draw.key(p.id, m, s) for p, m in rows] for s in self.stages}
+        num_plans, per_plan = group_size // self.images_per_plan, self.images_per_plan
+        plans = [(p, (g,)) for p in prompts for g in range(num_plans)]
+        leaves = [(p, (*m, k) if per_plan > 1 else m) for p, m in plans for k in range(per_plan)]
         ids = [self._prompt_ids(p.text) for p in prompts]
         sampler = Sampler(self.module, self.special, guidance=self.guidance, temperature=self.temperature)
-        drawn = sampler.draw(
-            ids,
-            group_size,
-            text_uniforms=uniform(keys[REASONING], self.max_tokens),
-            image_uniforms=uniform(keys[IMAGE], self.num_image_tokens),
-        )
-        return [self._trajectory(p, m, ids[i // group_size], drawn, i) for i, (p, m) in enumerate(rows)]
+        text_keys = [draw.key(p.id, m, REASONING) for p, m in plans]
+        reasoned = sampler.reason(ids, num_plans, uniform(text_keys, self.max_tokens))
+        image_keys = [draw.key(p.id, m, IMAGE) for p, m in leaves]
+        images = sampler.images_of(reasoned, per_plan, uniform(image_keys, self.num_image_tokens)).cpu()
+        segments = self._reasoning(reasoned, [m for _, m in plans], [ids[i // num_plans] for i in range(len(plans))])
+        return [
+            self._trajectory(prompt, member, segments[row // per_plan], images, row)
+            for row, (prompt, member) in enumerate(leaves)
+        ]
 
-    def _trajectory(self, prompt: Prompt, member: tuple[int, ...], ids: Tensor, drawn: Drawn, row: int) -> Trajectory:
-        length = int(drawn.text_lengths[row])
-        text = drawn.text[row, :length]
-        mask = ~drawn.text_forced[row, :length]
-        reasoning = Segment(REASONING, member, text, mask, drawn.text_log_probs[row, :length], {"prompt_ids": ids})
-        image_mask = torch.ones(drawn.image.shape[1], dtype=torch.bool)
-        blank = {"blank": torch.tensor(False)}
-        image = Segment(IMAGE, member, drawn.image[row], image_mask, drawn.image_log_probs[row], blank)
+    def _reasoning(self, found: Reasoned, members: Sequence[Member], prompt_ids: Sequence[Tensor]) -> list[Segment]:
+        tokens, lengths, forced = found.tokens.cpu(), found.lengths.tolist(), found.forced.cpu()
+        return [
+            Segment(
+                REASONING,
+                member,
+                tokens.ids[row, :length],
+                ~forced[row, :length],
+                tokens.log_probs[row, :length],
+                {"prompt_ids": prompt_ids[row], "entropy": tokens.entropy[row, :length]},
+            )
+            for row, (member, length) in enumerate(zip(members, lengths, strict=True))
+        ]
+
+    def _trajectory(self, prompt: Prompt, member: Member, plan: Segment, images: Tokens, row: int) -> Trajectory:
+        context = {"blank": torch.tensor(False), "entropy": images.entropy[row]}
+        mask = torch.ones(images.ids.shape[1], dtype=torch.bool)
+        image = Segment(IMAGE, member, images.ids[row], mask, images.log_probs[row], context)
         return Trajectory(
             prompt=prompt,
             member=member,
-            segments={REASONING: reasoning, IMAGE: image},
-            texts={REASONING: self._decode(text)},
-            stop=Stop.END if bool(mask[-1]) else Stop.LENGTH,
+            segments={REASONING: plan, IMAGE: image},
+            texts={REASONING: self._decode(plan.actions)},
+            stop=Stop.END if bool(plan.mask[-1]) else Stop.LENGTH,
         )
 
     def _decode(self, ids: Tensor) -> str:

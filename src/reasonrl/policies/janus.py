@@ -17,7 +17,7 @@ from reasonrl.errors import CheckpointError, ConfigError
 from reasonrl.formats.files import checkpoint_folder, first_line
 from reasonrl.formats.janus import is_published, load_janus
 from reasonrl.formats.multi_modality import prepare_tokenizer
-from reasonrl.kernels import linear_log_prob, linear_logits
+from reasonrl.kernels import linear_log_prob
 from reasonrl.policies.trained_parts import Trained
 
 if TYPE_CHECKING:
@@ -130,26 +130,14 @@ class JanusModule(nn.Module):
         """Returns (..., D) input embeddings of image tokens."""
         return self.model.prepare_embeddings_for_image_generation(tokens)
 
-    def text_logits(self, states: Tensor) -> Tensor:
-        """Returns (N, V) float32 logits of the next word, as `forward` replays them; no gradient."""
-        head = self.model.lm_head
-        return linear_logits(states, head.weight, bias=head.bias)
-
-    def image_logits(self, states: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
-        """Returns (N, V) float32 guided logits of the next image token, as `forward` replays them; no gradient."""
-        head = self.model.model.generation_head.vision_head
-        other = None if uncond is None else self._before_head(uncond)
-        found = self._before_head(states)
-        return linear_logits(found, head.weight, bias=head.bias, uncond_hidden=other, cfg_weight=guidance)
-
-    def _before_head(self, states: Tensor) -> Tensor:
+    def before_image_head(self, states: Tensor) -> Tensor:
         """Returns what the image head's last linear layer reads: guidance mixes there, where logits are linear."""
         head = self.model.model.generation_head
         return head.activation_fn(head.proj_out(states))
 
     def _image_states(self, hidden: Tensor, where: Tensor, image_at: Tensor) -> Tensor:
         states = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self._before_head(states[image_at])
+        return self.before_image_head(states[image_at])
 
     def _hidden(self, text: Tensor, image: Tensor, lengths: Tensor) -> Tensor:
         """Returns (N, L + T, D) states of text rows each followed at once by its image tokens.
