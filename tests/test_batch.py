@@ -1,3 +1,4 @@
+import threading
 from collections import Counter
 
 import pytest
@@ -109,7 +110,7 @@ def expected(rows, stages):
     )
 
 
-def run(rows, trainable, *, num_rows=None, num_actions=None, whole_groups=False, num_passes=None):
+def run(rows, trainable, *, num_rows=None, num_actions=None, whole_groups=False, gather=list):
     return list(
         passes(
             rows,
@@ -117,7 +118,7 @@ def run(rows, trainable, *, num_rows=None, num_actions=None, whole_groups=False,
             num_rows=num_rows,
             num_actions=num_actions,
             whole_groups=whole_groups,
-            num_passes=num_passes or (lambda mine: mine),
+            gather=gather,
         )
     )
 
@@ -299,25 +300,63 @@ def test_rows_that_train_nothing_are_left_out():
     assert {t.prompt.id for t in batch.trajectories} == {"a"}
 
 
+def beside(*ranks, whole_groups=False):
+    """Runs `passes` of several ranks, each in a thread of its own, and returns what each yields."""
+    barrier, said, found = threading.Barrier(len(ranks), timeout=10), {}, {}
+
+    def work(rank):
+        def gather(values):
+            said[rank] = values
+            barrier.wait()
+            every = [value for other in range(len(ranks)) for value in said[other]]
+            barrier.wait()
+            return every
+
+        rows, trainable, num_rows = ranks[rank]
+        found[rank] = run(rows, trainable, num_rows=num_rows, whole_groups=whole_groups, gather=gather)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(len(ranks))]
+
+
 def test_an_idle_rank_repeats_its_work_with_share_zero():
-    found = run(shared_plan(), Toy(*BOTH), num_rows=2, num_passes=lambda mine: mine + 2)
-    assert [share for share, _ in found] == [1.0, 1.0, 0.0, 0.0]
-    assert covered([found[2][1]]) == covered([found[0][1]])
+    busy, idle = beside((shared_plan(), Toy(*BOTH), 1), (shared_plan(), Toy(*BOTH), 2))
+    assert [share for share, _ in busy] == [1.0, 1.0, 1.0]
+    assert [share for share, _ in idle] == [1.0, 1.0, 0.0]
+    assert covered([idle[2][1]]) == covered([idle[0][1]])
 
 
-def test_an_idle_rank_without_work_still_shows_its_stages():
-    silent = row("a", segment("reasoning", (0,), [1]), segment("image", (0,), [1]), trained=[])
-    found = run([silent], Toy(*BOTH), num_passes=lambda mine: 2)
-    assert [share for share, _ in found] == [0.0, 0.0]
-    assert all(set(batch.stages) == set(BOTH) for _, batch in found)
+@pytest.mark.parametrize("mine", [[], [row("b", segment("reasoning", (0,), [1]), trained=[])]])
+def test_a_rank_without_work_repeats_a_row_of_another_with_share_zero(mine):
+    idle, busy = beside((mine, Toy(*BOTH), None), (shared_plan(), Toy(*BOTH), 2))
+    assert [share for share, _ in busy] == [1.0, 1.0]
+    assert [share for share, _ in idle] == [0.0, 0.0]
+    for _, batch in idle:
+        assert covered([batch]) == covered([collate(shared_plan()[:1], BOTH)])
 
 
-def test_an_idle_rank_shows_its_stages_though_its_first_row_lacks_them():
-    unplanned = row("a", segment("reasoning", (0,), [1]), trained=[])
-    silent = row("a", segment("reasoning", (1,), [1]), segment("image", (1,), [1]), trained=[])
-    ((share, batch),) = run([unplanned, silent], Toy("image"), num_passes=lambda mine: 1)
-    assert share == 0
-    assert set(batch.stages) == {"image"}
+def test_what_is_lent_for_a_loss_of_whole_groups_is_a_whole_group():
+    rows = group_rows([3, 2])
+    idle, busy = beside(([], Toy(*BOTH), None), (rows, Toy(*BOTH), None), whole_groups=True)
+    assert covered([idle[0][1]]) == covered([collate(rows[:3], BOTH)])
+    assert [share for share, _ in busy] == [1.0]
+
+
+def test_nobody_has_work_and_nobody_passes():
+    assert beside(([], Toy(*BOTH), None), ([], Toy(*BOTH), None)) == [[], []]
+
+
+def test_minibatches_are_of_the_prompts_of_all_ranks():
+    rows = [row(name, segment("reasoning", (0,), [1])) for name in "abc"]
+    mine = {
+        rank: [[r.trajectory.prompt.id for r in part] for part in minibatches(held, 2, gather=lambda _: list("abc"))]
+        for rank, held in {0: rows[:2], 1: rows[2:], 2: []}.items()
+    }
+    assert mine == {0: [["a"], ["b"]], 1: [["c"], []], 2: [[], []]}
 
 
 # ---- Whole groups ----------------------------------------------------------------------------

@@ -250,3 +250,25 @@ def test_every_compbench_category_loads_with_the_counts_of_the_files():
         assert stem.startswith(prompt.facts["category"])
     first = read_prompts(COMPBENCH / "color_train.txt", limit=1)
     assert first[0].text == "a green bench and a red car"
+
+
+def test_a_pattern_keeps_the_files_it_names(tmp_path):
+    for name in ("color_train.txt", "shape_train.txt", "color_val.txt", "color_train.csv", "new_objects.txt"):
+        write(tmp_path / name, f"a {name}")
+    assert [p.id for p in read_prompts(tmp_path / "*_train.txt")] == ["color_train:1", "shape_train:1"]
+    assert [p.id for p in read_prompts(tmp_path / "color_*")] == ["color_train:1", "color_val:1"]
+    with pytest.raises(DataError, match=r"\*_test\.txt: no \.txt or \.jsonl file of prompts is called so"):
+        read_prompts(tmp_path / "*_test.txt")
+    with pytest.raises(DataError, match="no folder"):
+        read_prompts(tmp_path / "gone" / "*_train.txt")
+
+
+def test_a_file_whose_name_is_a_pattern_is_read_as_the_file(tmp_path):
+    assert [p.text for p in read_prompts(write(tmp_path / "[a].txt", "one"))] == ["one"]
+
+
+@pytest.mark.skipif(not COMPBENCH.is_dir(), reason="the T2I-CompBench files are not beside the repo")
+def test_compbench_training_prompts_are_told_from_its_validation_prompts():
+    prompts = read_prompts(COMPBENCH / "*_train.txt")
+    assert Counter(p.facts["category"] for p in prompts) == dict.fromkeys(CATEGORIES, 700)
+    assert {p.id.rpartition(":")[0] for p in prompts} == {f"{name}_train" for name in CATEGORIES}

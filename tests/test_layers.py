@@ -20,8 +20,9 @@ hooks config data formats
 scenes
 policies renderers judges objectives
 recipe
+distributed sharding
 credit weights rollout
-checkpoint distributed curves report journal progress
+checkpoint curves report journal progress folder
 loop eval
 session
 doctor bench testing
@@ -30,7 +31,17 @@ cli
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 COMPONENTS = ("policies", "renderers", "judges", "objectives")
 SHARED = {
-    "policies": {"cascade_cache", "janus", "janus_sampler", "llama_decoder", "stepper", "trained_parts"},
+    "policies": {
+        "cascade_cache",
+        "janus",
+        "janus_sampler",
+        "layout",
+        "llama_decoder",
+        "packed_attention",
+        "sampling_plan",
+        "stepper",
+        "trained_parts",
+    },
     "judges": {"vlm", "grounding", "layout"},
 }
 """Files that the others in their folder may import."""

@@ -17,6 +17,7 @@ _HOMES = {
         "DataError",
         "JudgeError",
         "PluginError",
+        "RankError",
         "ReasonRLError",
     ),
     "reasonrl.hooks": ("hookimpl",),
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
         DataError,
         JudgeError,
         PluginError,
+        RankError,
         ReasonRLError,
     )
     from reasonrl.hooks import hookimpl

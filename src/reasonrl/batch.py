@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve, frozen
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Claim = tuple[str, ...]
 """The stages of one objective, in order."""
+Gather = Callable[[list[Any]], list[Any]]
+"""Returns the values of all ranks, in rank order; for one process, the values."""
 
 
 @frozen(eq=False)
@@ -69,6 +71,7 @@ def _stage(name: str, rows: Sequence[Row], device: torch.device | None) -> Stage
         groups=torch.tensor([row.groups.get(name, -1) for row in rows], device=device),
         log_probs=padded(lambda _, s: s.log_probs) if likelihoods else None,  # type: ignore[arg-type, return-value]
         context={key: [None if s is None else s.context[key].to(device) for s in segments] for key in first.context},
+        behaviour=None if first.behaviour is None else padded(lambda _, s: s.behaviour),  # type: ignore[arg-type, return-value]
     )
 
 
@@ -81,14 +84,15 @@ def trained_mask(rows: Sequence[Row], claim: Claim) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True) if joined else torch.zeros(0, 0, dtype=torch.bool)
 
 
-def minibatches(rows: Sequence[Row], num_updates: int) -> Iterator[list[Row]]:
-    """Splits rows into `num_updates` parts of whole prompts, as even as whole prompts allow."""
-    prompts = list(dict.fromkeys(row.trajectory.prompt.id for row in rows))
-    for part in range(num_updates):
+def minibatches(rows: Sequence[Row], num_updates: int, *, gather: Gather = list) -> Iterator[list[Row]]:
+    """Splits rows into `num_updates` parts of whole prompts, as even as whole prompts allow.
+
+    The prompts are those of all ranks: a part is as large as with one process, and may be empty on a rank.
+    """
+    prompts = list(dict.fromkeys(gather(list(dict.fromkeys(row.trajectory.prompt.id for row in rows)))))
+    for part in range(min(num_updates, len(prompts))):
         mine = set(prompts[part::num_updates])
-        share = [row for row in rows if row.trajectory.prompt.id in mine]
-        if share:
-            yield share
+        yield [row for row in rows if row.trajectory.prompt.id in mine]
 
 
 def passes(
@@ -98,10 +102,10 @@ def passes(
     num_rows: int | None,
     num_actions: int | None,
     whole_groups: bool,
-    num_passes: Callable[[int], int],
+    gather: Gather = list,
     device: torch.device | None = None,
 ) -> Iterator[tuple[float, Batch]]:
-    """Yields (share, batch) of one trainable's work; idle ranks repeat a batch with share 0.
+    """Yields (share, batch) of one trainable's work, equally many on every rank: idle ones repeat one with share 0.
 
     Rows are unique by the addresses of the trainable's own draws: a plan with k images is replayed once
     by a planner and k times by a unified policy. Rows that train nothing are left out.
@@ -110,22 +114,29 @@ def passes(
     work = [
         row for row in _unique(rows, stages) if any(row.mask(s).any() for s in stages if s in row.trajectory.segments)
     ]
-    chunks = _chunks(work, num_rows, stages if whole_groups else None)
-    batches = [
-        window
-        for chunk in chunks
-        for window in _windows(collate(chunk, stages, device=device), num_actions if trainable.factorised else None)
-    ]
+    whole_by = stages if whole_groups else None
+    window = num_actions if trainable.factorised else None
+
+    def batches_of(chunk: list[Row]) -> Iterator[Batch]:
+        return _windows(collate(chunk, stages, device=device), window)
+
+    batches = [batch for chunk in _chunks(work, num_rows, whole_by) for batch in batches_of(chunk)]
+    numbers = gather([len(batches)])
+    idle = max(numbers) - len(batches)
+    spare = batches[:1]
+    if max(numbers) and not min(numbers):
+        # A rank without work repeats another's: it evaluates an action, and touches no weights that nobody trains.
+        lent = next(group for group in gather([_bare(next(_chunks(work, 1, whole_by), []))]) if group)
+        spare = spare or [next(batches_of(lent))]
     for batch in batches:
         yield 1.0, batch
-    for _ in range(num_passes(len(batches)) - len(batches)):
-        # Every rank runs the same number of passes; a pass evaluates at least one action.
-        yield 0.0, batches[0] if batches else collate(_shown(rows, stages), stages, device=device)
+    for _ in range(idle):
+        yield 0.0, spare[0]
 
 
-def _shown(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:
-    """Returns one row with as many of the stages as any row has: an idle rank's pass touches the same weights."""
-    return [max(rows, key=lambda row: sum(s in row.trajectory.segments for s in stages))] if rows else []
+def _bare(rows: Sequence[Row]) -> list[Row]:
+    """Returns rows without what replay does not read, to send."""
+    return [evolve(row, trajectory=evolve(row.trajectory, images={}, artifacts={})) for row in rows]
 
 
 def _unique(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:
@@ -198,6 +209,9 @@ def join_stages(batch: Batch, claim: Claim) -> Stage:
     if len(parts) == 1:
         return parts[0]
     log_probs = [part.log_probs for part in parts]
+    # A stage that is replayed as it was drawn was drawn from its log-probs.
+    behaviour = [part.log_probs if part.behaviour is None else part.behaviour for part in parts]
+    apart = any(part.behaviour is not None for part in parts) and not any(x is None for x in behaviour)
     # Each row speaks with its last stage: a plan without an image still has its advantage.
     last = [
         max((k for k, p in enumerate(parts) if p.present[row].any()), default=0) for row in range(len(parts[0].keys))
@@ -215,6 +229,7 @@ def join_stages(batch: Batch, claim: Claim) -> Stage:
         mask=torch.cat([p.mask for p in parts], 1),
         log_probs=None if any(x is None for x in log_probs) else torch.cat(log_probs, 1),  # type: ignore[arg-type]
         context={f"{p.name}.{k}": v for p in parts for k, v in p.context.items()},
+        behaviour=torch.cat(behaviour, 1) if apart else None,  # type: ignore[arg-type]
     )
 
 

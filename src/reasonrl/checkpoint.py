@@ -22,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reasonrl.distributed import Solo, World
 from reasonrl.errors import CheckpointError
 from reasonrl.interfaces import Trainable
+from reasonrl.sharding import full, local, split_as
 from reasonrl.weights import Weights
 
 FORMAT = 1
@@ -37,21 +39,41 @@ def save(
     optimizer: torch.optim.Optimizer,
     recipe: Mapping[str, Any] | None,
     keep: int,
+    world: World | None = None,
 ) -> Path:
     """Writes `directory/step-<step>` atomically, then removes all but the newest `keep`.
 
     `step` is the number of finished steps. Raises CheckpointError where the disk refuses; what was saved before stays.
+    Every rank calls it and the first writes: whole tensors, so that a run may go on with another number of processes.
     """
+    world = world or Solo()
     folder = directory / f"step-{step:06d}"
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _tensors(weights, optimizer).items():
+        whole = full(tensor)
+        if world.rank == 0:
+            tensors[name] = whole.cpu()
+    with world.agreed():
+        if world.rank == 0:
+            _write(folder, step, tensors, optimizer, recipe)
+            for old in saved(directory)[:-keep]:
+                shutil.rmtree(old)
+    return folder
+
+
+def _write(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    recipe: Mapping[str, Any] | None,
+) -> None:
     with atomic_folder(folder) as partial:
-        save_file(_tensors(weights, optimizer), partial / "learner.safetensors")
+        save_file(tensors, partial / "learner.safetensors")
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         state = {"format": FORMAT, "step": step, "torch": torch.__version__, "optimizer": settings}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         (partial / "recipe.json").write_text(json.dumps(recipe, indent=1))
-    for old in saved(directory)[:-keep]:
-        shutil.rmtree(old)
-    return folder
 
 
 def saved(directory: Path) -> list[Path]:
@@ -81,11 +103,11 @@ def restore(folder: Path, *, weights: Mapping[Trainable, Weights], optimizer: to
     moments = _moments(optimizer, tensors, folder)
     with torch.no_grad():
         for name in fixed:
-            expected[name].copy_(tensors[name])
+            local(expected[name]).copy_(local(split_as(tensors[name], expected[name])))
     optimizer.state.clear()
     for parameter, slot, value in moments:
         # AdamW keeps its step count on the CPU in float32, its moments beside the parameter.
-        optimizer.state[parameter][slot] = value.clone() if slot == "step" else value.to(parameter.device)
+        optimizer.state[parameter][slot] = value.clone() if slot == "step" else split_as(value, parameter)
     return int(state["step"])
 
 

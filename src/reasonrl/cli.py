@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from reasonrl import hooks, registry
+from reasonrl.bench.commands import bench
 from reasonrl.config import overrides
-from reasonrl.errors import ConfigError, PluginError, ReasonRLError
+from reasonrl.errors import ConfigError, PluginError, RankError, ReasonRLError
 
 if TYPE_CHECKING:
     from reasonrl.recipe import Recipe
@@ -30,7 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Measure this machine, beside the peers that are installed on it.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 out = Console(highlight=False)
 
@@ -63,6 +63,7 @@ def train(
 
     Evaluates its test prompts before and after. Ctrl-C finishes the step, saves, and says how to go on.
     """
+    from reasonrl.distributed import best_device, launched
     from reasonrl.session import Interrupted, run
 
     if resume is not None and directory is not None:
@@ -75,14 +76,20 @@ def train(
     else:
         raise ConfigError("give a recipe to start, or --resume RUN to go on")
     directory = resume or directory or Path("runs") / f"{Path(str(recipe)).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    world = launched(best_device())
+    out.quiet = world.rank > 0  # one process speaks for all
+    directory = Path(world.gather([str(directory)])[0])
     out.print(f"run: {directory}", markup=False)
+    command = shlex.join(["reasonrl", *sys.argv[1:]])
     try:
-        report = run(
-            built, directory, resume=resume is not None, quiet=quiet, command=shlex.join(["reasonrl", *sys.argv[1:]])
-        )
+        report = run(built, directory, resume=resume is not None, quiet=quiet, command=command, world=world)
     except Interrupted as stopped:
         out.print(str(stopped), markup=False)
         raise typer.Exit(130) from None
+    except RankError:
+        if world.rank:
+            raise typer.Exit(2) from None
+        raise
     print_accuracy(directory)
     out.print(f"report: {report}", markup=False)
 
@@ -101,11 +108,13 @@ def sample(
     """
     if not prompt.strip():
         raise ConfigError('the prompt is empty: say what to draw, "a red circle left of a blue square"')
+    from reasonrl.distributed import Solo, best_device
     from reasonrl.noise import Draw
     from reasonrl.rollout import draw_trajectories
     from reasonrl.types import Prompt
 
     policy, renderer = loaded(checkpoint)
+    Solo(best_device()).place(policy.module, sharded=False)
     drawn = draw_trajectories(policy, renderer, [Prompt("prompt", prompt)], group_size=number, draw=Draw(seed, 0))
     for index, trajectory in enumerate(drawn):
         target = path if number == 1 else path.with_stem(f"{path.stem}-{index}")
@@ -191,56 +200,6 @@ def doctor(
         raise typer.Exit(1)
 
 
-@bench.command("kernels")
-def bench_kernels(
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: a GPU where there is one.")] = None,
-    tables: Annotated[str, typer.Option(help="Which of logits, linear, guidance.")] = "logits,linear,guidance",
-    rows: Annotated[str, typer.Option(help="Tokens N: 512,2048. Default: 512, on a GPU 8192 to 65536.")] = "",
-    vocab: Annotated[str, typer.Option(help="Words V. Default: 16384,102400, the heads of Janus-Pro.")] = "",
-    width: Annotated[str, typer.Option(help="Width H. Default: 2048, on a GPU 4096 too.")] = "",
-    only: Annotated[str, typer.Option(help="Only contenders whose name begins so: --only reasonrl.")] = "",
-    least_s: Annotated[float, typer.Option("--seconds", min=0.0, help="Repeat each call for so long.")] = 1.0,
-    path: Annotated[Path, typer.Option("--out", help="The JSON to write.")] = Path("bench-kernels.json"),
-) -> None:
-    """Time log-probs, policy loss and advantages.
-
-    Beside torch, torch.compile, and trl, liger-kernel and cut-cross-entropy where they are installed: time, rate,
-    share of this machine's measured ceiling, memory beyond operands and gradients, error against float64.
-    """
-    import torch
-
-    from reasonrl.bench import kernels
-
-    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if device is not None and device.partition(":")[0] not in here:
-        raise ConfigError(f"cannot measure on {device}: this machine has {' and '.join(here)}")
-    result = kernels.run(
-        kernels.named(tables),
-        device=torch.device(device or here[-1]),
-        rows=whole_numbers("--rows", rows),
-        vocab=whole_numbers("--vocab", vocab),
-        width=whole_numbers("--width", width),
-        only=only,
-        least_s=least_s,
-    )
-    kernels.write(result, path)
-    for table in kernels.rendered(result):
-        Console(width=max(out.width, 130)).print(table, "")
-    limits = result["ceilings"]
-    products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in limits["products"].items())
-    out.print(f"peak: copy {limits['copy'] / 1e9:.3g} GB/s, products {products}", markup=False, soft_wrap=True)
-    out.print(f"wrote {path}", markup=False)
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """Returns the numbers of "512,2048"; raises ConfigError for what is none."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in parts if not part.isdecimal()]
-    if wrong:
-        raise ConfigError(f"{option} takes whole numbers with commas between them, got {', '.join(wrong)}")
-    return [int(part) for part in parts]
-
-
 def find_recipe(name: str) -> Recipe:
     """Returns the `recipe` of a Python file, or an installed recipe by name."""
     from reasonrl.recipe import Recipe
@@ -272,7 +231,7 @@ def imported(path: Path) -> ModuleType:
 
 def resumed(directory: Path) -> Recipe:
     """Returns the recipe that a run began with, from its recipe.json: registered names only."""
-    from reasonrl.session import read_recipe
+    from reasonrl.folder import read_recipe
 
     recipe: Recipe = read_recipe(directory / "recipe.json")
     return recipe

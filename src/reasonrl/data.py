@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 def read_prompts(path: str | Path, *, limit: int | None = None) -> tuple[Prompt, ...]:
-    """Returns the prompts of a file, or of every .txt and .jsonl file of a folder, sorted by name.
+    """Returns the prompts of a file, of every .txt and .jsonl file of a folder, or of a pattern's files, by name.
 
     - `.txt`: a prompt a line; blank lines and lines that start with # are skipped.
     - `.jsonl`: an object a line with `text`, `prompt` or `caption`; optionally `id` and `facts`.
       All other fields become facts too. GenEval's `tag` becomes the fact `category`.
-    - T2I-CompBench: the fact `category` is taken from the file name (`color_train.txt`).
+    - T2I-CompBench: the fact `category` is taken from the file name (`color_train.txt`); its folder holds training
+      and validation prompts, which a pattern tells apart: `*_train.txt`.
 
     A prompt without an id is called `stem:line`, counting from 1. `limit` keeps the first few.
     Raises DataError, in one line that names the file and up to three offending lines.
@@ -66,11 +67,9 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> tuple[Prompt,
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        kept = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (".txt", ".jsonl")]
-        kept = [p for p in kept if p.is_file() and p.stem.lower() not in NOT_PROMPTS]
-        if not kept:
-            raise DataError(f"{path}: the folder holds no .txt or .jsonl file of prompts")
-        return kept
+        return _kept(path.iterdir(), f"{path}: the folder holds no .txt or .jsonl file of prompts")
+    if not path.exists() and set("*?[") & set(path.name) and path.parent.is_dir():
+        return _kept(path.parent.glob(path.name), f"{path}: no .txt or .jsonl file of prompts is called so")
     if not path.exists():
         raise DataError(f"{path}: no such file{_nearest(path)}")
     if path.suffix.lower() not in TEXT_SUFFIXES + JSON_SUFFIXES:
@@ -79,6 +78,14 @@ def _files(path: Path) -> list[Path]:
             f" or a folder of them, got {path.suffix or 'no suffix'}"
         )
     return [path]
+
+
+def _kept(paths: Iterable[Path], otherwise: str) -> list[Path]:
+    kept = [p for p in sorted(paths) if p.suffix.lower() in (".txt", ".jsonl")]
+    kept = [p for p in kept if p.is_file() and p.stem.lower() not in NOT_PROMPTS]
+    if not kept:
+        raise DataError(otherwise)
+    return kept
 
 
 def _nearest(path: Path) -> str:

@@ -6,7 +6,8 @@ ReasonRLError
 ├── ContractError    a component that broke its interface's promise
 ├── JudgeError       a judge that raised, or too many judgements that abstained
 ├── DataError        a prompt file, or a prompt, that cannot be read
-└── CheckpointError  weights or a run's state that cannot be read or written
+├── CheckpointError  weights or a run's state that cannot be read or written
+└── RankError        one of several processes failed, and all of them stopped
 """
 
 
@@ -36,3 +37,7 @@ class DataError(ReasonRLError):
 
 class CheckpointError(ReasonRLError):
     """Weights or run state that cannot be read or written."""
+
+
+class RankError(ReasonRLError):
+    """One of several processes failed, and all of them stopped; the message names it and its error."""

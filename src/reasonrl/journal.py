@@ -95,14 +95,27 @@ class Journal:
         return name
 
 
-def summary(
-    rows: Sequence[Row],
-    trajectories: Sequence[Trajectory],
-    verdicts: Sequence[Verdict],
-    stages: Sequence[str],
-    trained: Sequence[str],
-) -> dict[str, float | None]:
+@frozen
+class Seen:
+    """What a step's metrics need of one trajectory: little, so that ranks can gather it."""
+
+    verdict: Verdict
+    stop: Stop
+    lengths: Mapping[str, int]
+    """Actions by stage."""
+    groups: Mapping[str, int]
+    advantages: Mapping[str, float]
+
+    @classmethod
+    def of(cls, row: Row, verdict: Verdict) -> Seen:
+        """Returns what is needed of a credited trajectory."""
+        lengths = {stage: len(segment.actions) for stage, segment in row.trajectory.segments.items()}
+        return cls(verdict, row.trajectory.stop, lengths, dict(row.groups), dict(row.advantages))
+
+
+def summary(seen: Sequence[Seen], stages: Sequence[str], trained: Sequence[str]) -> dict[str, float | None]:
     """Returns the rollout's metrics: rewards by trained stage, scores, unscored, lengths, silent groups."""
+    verdicts = [s.verdict for s in seen]
     totals = {stage: [v.total(stage) for v in verdicts] for stage in trained}
     out: dict[str, float | None] = {"reward": _mean(totals[trained[-1]])}
     if len({tuple(values) for values in totals.values()}) > 1:
@@ -110,20 +123,19 @@ def summary(
     names = dict.fromkeys(name for v in verdicts for name in v.scores)
     out |= {f"score/{n}": _mean([v.scores[n].value for v in verdicts if n in v.scores]) for n in names}
     out["unscored"] = _mean([float(any(totals[s][i] is None for s in trained)) for i in range(len(verdicts))])
-    out["cut"] = _mean([float(t.stop is Stop.LENGTH) for t in trajectories])
+    out["cut"] = _mean([float(s.stop is Stop.LENGTH) for s in seen])
     for stage in stages:
-        lengths = [float(len(t.segments[stage].actions)) for t in trajectories if stage in t.segments]
-        out[f"{stage}/tokens"] = _mean(lengths)
-        out[f"{stage}/flat_groups"] = _flat(rows, stage)
+        out[f"{stage}/tokens"] = _mean([float(s.lengths[stage]) for s in seen if stage in s.lengths])
+        out[f"{stage}/flat_groups"] = _flat(seen, stage)
     return out
 
 
-def _flat(rows: Sequence[Row], stage: str) -> float | None:
+def _flat(seen: Sequence[Seen], stage: str) -> float | None:
     groups: dict[int, bool] = {}
-    for row in rows:
-        if stage in row.groups:
-            group = row.groups[stage]
-            groups[group] = groups.get(group, True) and row.advantages[stage] == 0
+    for one in seen:
+        if stage in one.groups:
+            group = one.groups[stage]
+            groups[group] = groups.get(group, True) and one.advantages[stage] == 0
     return _mean([float(flat) for flat in groups.values()])
 
 

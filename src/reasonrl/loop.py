@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reasonrl.batch import Claim, join_replays, join_stages, minibatches, passes, trained_mask
 from reasonrl.credit import credit
-from reasonrl.distributed import Solo, World
+from reasonrl.distributed import World, launched, sum_metrics
 from reasonrl.interfaces import Objective, Trainable
 from reasonrl.recipe import Recipe
 from reasonrl.rollout import Experience
@@ -27,17 +27,25 @@ class Learner:
     parameters: list[nn.Parameter]
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Learner:
+    def of(cls, recipe: Recipe, world: World | None = None) -> Learner:
         """Returns a learner at the recipe's starting weights; a trainable without a trained stage is left alone."""
+        world = world or launched()
+        for trainable in recipe.trainables:
+            world.place(trainable.module, sharded=recipe.sharded)
         mine = [t for t in recipe.trainables if set(recipe.trained) & set(t.stages)]
         weights = {t: Weights(t, _shadows(recipe, t)) for t in mine}
         modules = [o.module for o in {id(o): o for o in recipe.claims.values()}.values() if o.module is not None]
-        parameters = [p for w in weights.values() for p in w.live]
-        parameters += [p for m in modules for p in m.parameters() if p.requires_grad]
+        for module in modules:
+            world.place(module, sharded=False)
+        live = [p for w in weights.values() for p in w.live]
+        own = [p for m in modules for p in m.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, foreach=True
+            [{"params": group} for group in (live, own) if group],  # apart: one step takes no mix of whole and split
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            foreach=True,
         )
-        return cls(weights, optimizer, parameters)
+        return cls(weights, optimizer, live + own)
 
 
 def train(
@@ -50,10 +58,11 @@ def train(
 ) -> None:
     """Trains on judged trajectories, a step at a time; `experience(weights)` yields (step, trajectories, verdicts).
 
-    `observe(event, **facts)` hears of "rollout_end", "backward_end", "update_end" and "step_end".
+    `observe(event, **facts)` hears of "rollout_end", "backward_end", "update_end" and "step_end". With several
+    processes, rows are this rank's part of the step, and norm and metrics are the whole step's.
     """
-    world = world or Solo()
-    learner = learner or Learner.of(recipe)
+    world = world or launched()
+    learner = learner or Learner.of(recipe, world)
     claims = recipe.claims
     for step, trajectories, verdicts in experience(learner.weights):
         # Advantages see the rewards of every rank, so that groups, and any statistic of the step, are whole.
@@ -61,7 +70,7 @@ def train(
         observe("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts, rows=rows)
         for group in learner.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        for update in minibatches(rows, recipe.num_updates):
+        for update in minibatches(rows, recipe.num_updates, gather=world.gather):
             # Normalisers come from masks alone: known before the first backward, the same for any micro-batch and rank.
             counts = {c: world.sum(o.count(trained_mask(update, c))).clamp(min=1) for c, o in claims.items()}
             metrics: dict[str, Tensor] = {}
@@ -73,7 +82,7 @@ def train(
                     num_rows=recipe.num_rows,
                     num_actions=recipe.num_actions,
                     whole_groups=whole,
-                    num_passes=world.max,
+                    gather=world.gather,
                     device=weights.live[0].device,
                 ):
                     loss, sums = pass_loss(claims, trainable, batch, weights, counts)
@@ -82,7 +91,7 @@ def train(
                         metrics[name] = metrics.get(name, torch.zeros(())) + share * value.detach().cpu()
             world.sum_gradients(learner.parameters)  # a sum, as the loss is
             observe("backward_end", step=step)
-            norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.max_grad_norm)
+            norm = world.clip_gradients(learner.parameters, recipe.max_grad_norm)
             if torch.isfinite(norm):
                 learner.optimizer.step()
             learner.optimizer.zero_grad()
@@ -90,7 +99,7 @@ def train(
                 "update_end",
                 step=step,
                 grad_norm=norm,
-                metrics=metrics,
+                metrics=sum_metrics(metrics, world),
                 skipped=not torch.isfinite(norm),
             )
         for weights in learner.weights.values():

@@ -59,7 +59,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints one line above the bar."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def watch(self, items: Iterable[T], what: str, *, total: int) -> Iterator[T]:
         """Yields the items under a bar of their own."""

@@ -56,6 +56,9 @@ class Recipe:
     num_actions: int | None = _positive(None)  # type: ignore[assignment]
     """Actions a backward pass of a factorised trainable, None = all."""
 
+    sharded: bool = False
+    """With several processes, FSDP2: parameters, gradients and optimizer state are split over them; else replicas."""
+
     learning_rate: float = field(default=1e-5, validator=validators.gt(0))
     schedule: Literal["constant", "cosine"] = field(
         default="constant", validator=validators.in_(("constant", "cosine"))

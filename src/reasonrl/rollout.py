@@ -14,6 +14,7 @@ from functools import lru_cache
 from attrs import evolve, frozen
 
 from reasonrl import registry
+from reasonrl.distributed import World, launched, part_of
 from reasonrl.errors import ContractError, JudgeError, ReasonRLError
 from reasonrl.interfaces import Judge, Policy, Renderer, Teachable, Trainable
 from reasonrl.interfaces.judge import checked, with_terms
@@ -51,36 +52,53 @@ def _order(size: int, number: int, seed: int, epoch: int) -> tuple[int, ...]:
     return (*first, *(i for i in order if i not in set(first)))
 
 
-def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0) -> Experience:
-    """Returns the experience of a run: sample, render, judge, from step `start` to the recipe's last."""
+def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0, world: World | None = None) -> Experience:
+    """Returns the experience of a run: sample, render, judge, from step `start` to the recipe's last.
+
+    With several processes each draws and judges its part of a step's prompts, which may be none.
+    """
     if recipe.judge is None:
         raise ContractError("rollouts need recipe.judge, got None: give a judge, or train on demonstrations")
     judge = Guarded(recipe.judge, recipe.judge_timeout_s)
+    world = world or launched()
 
     def experience(weights: Mapping[Trainable, Weights]) -> Iterator[Judged]:
         for step in range(start, recipe.steps):
             draw = Draw(recipe.seed, step)
-            mine = prompts_of_step(prompts, step, number=recipe.prompts_per_step, seed=recipe.seed)
-            with _sampling_weights(recipe, weights):
+            every = prompts_of_step(prompts, step, number=recipe.prompts_per_step, seed=recipe.seed)
+            mine = part_of(every, world)
+            with _sampling_weights(recipe, weights), world.whole(recipe.trainables), world.agreed():
                 trajectories = draw_trajectories(
                     recipe.policy, recipe.renderer, mine, group_size=recipe.group_size, draw=draw
                 )
-            verdicts = judge.judge([t.shown() for t in trajectories])
-            _stop_if_blind(recipe, step, verdicts)
+            with world.agreed():
+                verdicts = judge.judge([t.shown() for t in trajectories])
+            said = world.gather(verdicts)
+            with world.agreed():
+                _stop_if_blind(recipe, step, said)
             yield step, trajectories, verdicts
 
     return experience
 
 
-def demonstrations(recipe: Recipe, step_of: Callable[[int], Sequence[Trajectory]], *, start: int = 0) -> Experience:
-    """Returns supervised experience: `step_of(step)` gives texts and images, the policy encodes them as actions."""
+def demonstrations(
+    recipe: Recipe, step_of: Callable[[int], Sequence[Trajectory]], *, start: int = 0, world: World | None = None
+) -> Experience:
+    """Returns supervised experience: `step_of(step)` gives texts and images, the policy encodes them as actions.
+
+    With several processes each takes its part, prompts whole.
+    """
     if not isinstance(recipe.policy, Teachable):
         raise ContractError(f"{type(recipe.policy).__name__} cannot learn from demonstrations: it is no Teachable")
     teachable = recipe.policy
+    world = world or launched()
 
     def experience(weights: Mapping[Trainable, Weights]) -> Iterator[Judged]:
         for step in range(start, recipe.steps):
-            trajectories = teachable.encode(step_of(step))
+            with world.whole(recipe.trainables), world.agreed():
+                shown = step_of(step)
+                mine = set(part_of(list(dict.fromkeys(t.prompt.id for t in shown)), world))
+                trajectories = teachable.encode([t for t in shown if t.prompt.id in mine])
             yield step, trajectories, [Verdict({}) for _ in trajectories]
 
     return experience
@@ -95,6 +113,8 @@ def draw_trajectories(
     draw: Draw,
 ) -> list[Trajectory]:
     """Returns sampled and rendered trajectories; ContractError where ids repeat or addresses collide."""
+    if not prompts:
+        return []
     repeated = sorted(i for i, n in Counter(p.id for p in prompts).items() if n > 1)
     if repeated:
         raise ContractError(f"prompt ids must differ within a step, {repeated[:3]} repeat: noise would be shared")
@@ -116,6 +136,8 @@ class Guarded:
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         """Returns one clean verdict each; a judge out of time leaves all unscored; one that raises is a JudgeError."""
+        if not trajectories:
+            return []
         outcome: list[list[Verdict] | Exception | SystemExit] = []
 
         def work() -> None:

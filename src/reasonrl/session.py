@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import signal
 import time
@@ -14,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 
-from reasonrl import __version__, checkpoint, hooks
+from reasonrl import checkpoint, hooks
 from reasonrl.batch import Row
-from reasonrl.config import from_record, to_record
-from reasonrl.errors import CheckpointError, ConfigError
+from reasonrl.config import to_record
+from reasonrl.distributed import World, best_device, launched, part_of
+from reasonrl.errors import CheckpointError, ConfigError, RankError
 from reasonrl.eval import Answer, evaluate
+from reasonrl.folder import ROOTS, changes, prepare, read_json, write_json
 from reasonrl.interfaces import Trainable
-from reasonrl.journal import Journal, summary
+from reasonrl.journal import Journal, Seen, summary
 from reasonrl.loop import Learner, train
 from reasonrl.progress import Progress
 from reasonrl.recipe import Recipe, load_prompts
@@ -31,7 +31,6 @@ from reasonrl.rollout import Experience, rollouts
 from reasonrl.types import Prompt, Trajectory, Verdict
 from reasonrl.weights import Weights
 
-ROOTS = {"recipe": Recipe}
 NUM_SHOWN = 8
 
 
@@ -47,22 +46,34 @@ def run(
     experience: Callable[[int], Experience] | None = None,
     quiet: bool = False,
     command: str = "",
+    world: World | None = None,
 ) -> Path:
     """Trains a recipe into a directory, evaluates before and after, and returns the report's path.
 
     `experience(start)` replaces rollouts, e.g. by demonstrations. `resume` goes on from the newest checkpoint: final
     weights are bit-identical to an uninterrupted run's, on the same machine and versions.
     What the recipe changed since is said, and written to run.json.
+
+    Started by `accelerate launch` or torchrun, the processes share one run, and the first writes it. Modules go to
+    the process's GPU where there is one.
     """
-    directory = Path(directory)
-    prompts = recipe.read() if experience is None else ()
-    tests = {split: _checked(recipe, source) for split, source in recipe.tests.items()}
-    _prepare(directory, recipe, resume=resume, command=command)
-    session = _Session(recipe, directory, Learner.of(recipe), Progress(recipe.steps, quiet=quiet), tests)
+    world = world or launched(best_device())
+    directory = Path(world.gather([str(directory)])[0])
+    with world.agreed():
+        prompts = recipe.read() if experience is None else ()
+        tests = {split: _checked(recipe, source) for split, source in recipe.tests.items()}
+        if world.rank == 0:
+            prepare(directory, recipe, resume=resume, command=command, world=world)
+    progress = Progress(recipe.steps, quiet=quiet or world.rank > 0)
+    session = _Session(recipe, directory, Learner.of(recipe, world), progress, tests, world)
+    with world.agreed():
+        said = recipe.policy.foretell(prompts, group_size=recipe.group_size) if prompts else []
     if resume:
-        session.restore()
-    source = rollouts(recipe, prompts, start=session.finished) if experience is None else experience(session.finished)
-    return session.run(source)
+        with world.agreed():
+            session.restore()
+    if experience is None:
+        return session.run(rollouts(recipe, prompts, start=session.finished, world=world), said)
+    return session.run(experience(session.finished), said)
 
 
 @define(eq=False)
@@ -74,6 +85,7 @@ class _Session:
     learner: Learner
     progress: Progress
     tests: dict[str, tuple[Prompt, ...]]
+    world: World
     finished: int = 0
     stop: bool = False
     _torn: bool = False
@@ -85,6 +97,11 @@ class _Session:
     def journal(self) -> Journal:
         return Journal(self.directory)
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what the run writes, and calls its observers."""
+        return self.world.rank == 0
+
     def restore(self) -> None:
         found = checkpoint.saved(self.directory / "checkpoints")
         if not found:
@@ -94,24 +111,27 @@ class _Session:
             raise ConfigError(
                 f"{self.directory} has finished {self.finished} steps, more than steps={self.recipe.steps}"
             )
-        self.journal.rewind(self.finished)
-        self.record_changes()
+        if self.writes:
+            self.journal.rewind(self.finished)
+            self.record_changes()
 
     def record_changes(self) -> None:
         """Says and writes down in which fields the recipe is not the one that the run had."""
-        changes = _changes(_read_json(self.directory / "recipe.json"), to_record(self.recipe, roots=ROOTS))
-        if not changes:
+        found = changes(read_json(self.directory / "recipe.json"), to_record(self.recipe, roots=ROOTS))
+        if not found:
             return
-        for change in changes:
+        for change in found:
             self.progress.say(f"from step {self.finished} on, {change}")
-        facts = _read_json(self.directory / "run.json")
-        facts.setdefault("changed", {}).setdefault(str(self.finished), []).extend(changes)
-        _write_json(self.directory / "run.json", facts)
-        _write_json(self.directory / "recipe.json", to_record(self.recipe, roots=ROOTS))
+        facts = read_json(self.directory / "run.json")
+        facts.setdefault("changed", {}).setdefault(str(self.finished), []).extend(found)
+        write_json(self.directory / "run.json", facts)
+        write_json(self.directory / "recipe.json", to_record(self.recipe, roots=ROOTS))
 
-    def run(self, experience: Experience) -> Path:
+    def run(self, experience: Experience, said: Sequence[str]) -> Path:
         """Evaluates, trains, evaluates, reports; whatever stops it, finished steps are saved."""
-        hooks.call("run_start", recipe=self.recipe, directory=self.directory)
+        self._tell("run_start", recipe=self.recipe, directory=self.directory)
+        for line in said:
+            self.progress.say(line)
         for trainable, weights in self.learner.weights.items():
             self.progress.say(counted(trainable, weights))
         error: BaseException | None = None
@@ -122,12 +142,15 @@ class _Session:
                     self.save()
                 with self.progress:
                     self._since = time.perf_counter()
-                    train(self.recipe, experience, learner=self.learner, observe=self.observe)
+                    train(self.recipe, experience, learner=self.learner, world=self.world, observe=self.observe)
             self.save()
             self.evaluate(self.recipe.steps)
-            with checkpoint.atomic_folder(self.directory / "model") as model:
-                self.recipe.policy.save(model)
-            return write_report(self.directory)
+            with self.world.whole(self.recipe.trainables), self.world.agreed():
+                if self.writes:
+                    with checkpoint.atomic_folder(self.directory / "model") as model:
+                        self.recipe.policy.save(model)
+                    write_report(self.directory)
+            return self.directory / "report.html"
         except KeyboardInterrupt as caught:
             error = caught
             raise
@@ -136,7 +159,7 @@ class _Session:
             self._save_after(caught)
             raise
         finally:
-            hooks.call("run_end", step=self.finished, error=error)
+            self._tell("run_end", step=self.finished, error=error)
 
     def observe(self, event: str, **facts: Any) -> None:
         """Hears the loop's events."""
@@ -149,22 +172,27 @@ class _Session:
             return
         answers: list[Answer] = []
         for split, prompts in self.tests.items():
+            mine = part_of(prompts, self.world)
             found = evaluate(
                 self.recipe.policy,
                 self.recipe.renderer,
                 judge,
-                prompts,
+                mine,
                 split=split,
                 timeout_s=self.recipe.judge_timeout_s,
             )
-            answers += self.progress.watch(found, f"evaluating {split}", total=len(prompts))
-        self.journal.rewind_evaluation(step)
-        self.journal.evaluation(step, ((a.record(), a.trajectory) for a in answers))
+            with self.world.whole(self.recipe.trainables), self.world.agreed():
+                got = list(self.progress.watch(found, f"evaluating {split}", total=len(mine)))
+            answers += self.world.gather([evolve(a, trajectory=_light(a.trajectory)) for a in got])
+        if self.writes:
+            self.journal.rewind_evaluation(step)
+            self.journal.evaluation(step, ((a.record(), a.trajectory) for a in answers))
 
     def save(self) -> None:
         """Writes a checkpoint of the finished steps, unless it is there."""
         folder = self.directory / "checkpoints"
-        if not (folder / f"step-{self.finished:06d}" / "state.json").is_file():
+        missing = not (folder / f"step-{self.finished:06d}" / "state.json").is_file()
+        if self.world.gather([missing])[0]:
             checkpoint.save(
                 folder,
                 self.finished,
@@ -172,6 +200,7 @@ class _Session:
                 optimizer=self.learner.optimizer,
                 recipe=json.loads((self.directory / "recipe.json").read_text()),
                 keep=self.recipe.keep,
+                world=self.world,
             )
 
     def _rollout_end(
@@ -181,14 +210,21 @@ class _Session:
         verdicts: Sequence[Verdict],
         rows: Sequence[Row],
     ) -> None:
-        hooks.call("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
-        self._line = dict(summary(rows, trajectories, verdicts, self.recipe.stages, self.recipe.trained))
-        self._line["num_tokens"] = sum(len(s.actions) for t in trajectories for s in t.segments.values())
+        self._tell("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
+        seen = self.world.gather([Seen.of(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)])
+        self._line = dict(summary(seen, self.recipe.stages, self.recipe.trained))
+        self._line["num_tokens"] = sum(sum(one.lengths.values()) for one in seen)
         if self.recipe.judge is not None and (step % self.recipe.show_every == 0 or step + 1 == self.recipe.steps):
-            # One trajectory a prompt, the first of its group.
-            shown = list(range(0, len(trajectories), self.recipe.group_size))[:NUM_SHOWN]
-            last = self.recipe.trained[-1]
-            self.journal.samples(step, [trajectories[i] for i in shown], [verdicts[i] for i in shown], last)
+            self._show(step, trajectories, verdicts)
+
+    def _show(self, step: int, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict]) -> None:
+        """Writes one trajectory a prompt, the first of its group."""
+        firsts = range(0, len(trajectories), self.recipe.group_size)
+        before = sum(self.world.gather([len(firsts)])[: self.world.rank])
+        mine = firsts[: max(0, NUM_SHOWN - before)]
+        shown = self.world.gather([(_light(trajectories[i]), verdicts[i]) for i in mine])
+        if self.writes:
+            self.journal.samples(step, [t for t, _ in shown], [v for _, v in shown], self.recipe.trained[-1])
 
     def _backward_end(self, step: int) -> None:
         self._torn = True
@@ -203,10 +239,12 @@ class _Session:
         num_tokens = self._line.pop("num_tokens")
         line = {"step": step, "seconds": seconds, "tokens_per_s": num_tokens / seconds}
         line |= {"learning_rate": self.recipe.rate(step), **self._line}
-        self.journal.metrics(line)
+        if self.writes:
+            self.journal.metrics(line)
         self.finished, self._torn = step + 1, False
         self.progress.advance(line)
-        hooks.call("step_end", step=step, metrics=line)
+        self._tell("step_end", step=step, metrics=line)
+        self.stop = bool(self.world.max(int(self.stop)))  # whichever rank heard Ctrl-C, all stop here
         if self.stop or self.finished % self.recipe.save_every == 0:
             self.save()
         if self.stop:
@@ -216,10 +254,16 @@ class _Session:
     def _save_after(self, error: Exception) -> None:
         if self._torn or isinstance(error, CheckpointError):
             return  # half a step, or the disk has refused already
+        if self.world.size > 1 and not isinstance(error, RankError):
+            return  # the others are elsewhere and would not come to save; the launcher ends them
         try:
             self.save()
-        except CheckpointError as second:
+        except (CheckpointError, RankError) as second:
             error.add_note(str(second))
+
+    def _tell(self, hook: str, **facts: Any) -> None:
+        if self.writes:
+            hooks.call(hook, **facts)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -242,75 +286,15 @@ class _Session:
             signal.signal(signal.SIGINT, before)
 
 
+def _light(trajectory: Trajectory) -> Trajectory:
+    """Returns what is written of a trajectory, to send."""
+    return evolve(trajectory, segments={}, artifacts={})
+
+
 def _checked(recipe: Recipe, source: str) -> tuple[Prompt, ...]:
     prompts = load_prompts(source)
     recipe.policy.check(prompts)
     return prompts
-
-
-def _prepare(directory: Path, recipe: Recipe, *, resume: bool, command: str) -> None:
-    if resume:
-        if not (directory / "recipe.json").is_file():
-            raise ConfigError(f"{directory} holds no run to resume: give the folder that `reasonrl train` printed")
-        return
-    try:
-        if directory.exists() and any(directory.iterdir()):
-            raise ConfigError(f"{directory} is not empty: use --resume to go on with it, or --out for another folder")
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
-    _write_json(directory / "recipe.json", to_record(recipe, roots=ROOTS))
-    _write_json(directory / "run.json", about(command))
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    now = json.loads(json.dumps(now))
-    shown = [{name: json.dumps(value) for name, value in record.items()} for record in (before, now)]
-    return [
-        f"{name} is {shown[1].get(name, 'the default')}, was {shown[0].get(name, 'the default')}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    """Replaces the file whole or not at all."""
-    try:
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(record, indent=1))
-        new.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def about(command: str) -> dict[str, str]:
-    """Returns what ran where: versions, machine, command."""
-    return {
-        "reasonrl": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": command,
-    }
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Returns the recipe that a recipe.json describes; it may construct registered names only."""
-    recipe = from_record(_read_json(path), roots=ROOTS)
-    if not isinstance(recipe, Recipe):
-        raise ConfigError(f"{path} describes a {type(recipe).__name__}, not a recipe")
-    return recipe
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{path} holds a {type(record).__name__}, not a recipe's record")
-    return record
 
 
 def counted(trainable: Trainable, weights: Weights) -> str:

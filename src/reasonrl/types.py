@@ -55,16 +55,17 @@ class Segment:
     mask: Tensor
     """(T,) bool: trained. False = forced. Every action listed exists."""
     log_probs: Tensor | None = None
-    """(T,) float32 nats as sampled; None = not a likelihood (ODE, data, masked)."""
+    """(T,) float32 nats of what replay returns, as sampled; None = not a likelihood (ODE, data, masked)."""
     context: Mapping[str, Tensor] = Factory(dict)
     """What replay needs besides the actions, unpadded."""
+    behaviour: Tensor | None = None
+    """(T,) float32 nats of what drew the actions, where that is not what replay returns; None = it is."""
 
     def __attrs_post_init__(self) -> None:
-        lengths = {"actions": len(self.actions), "mask": len(self.mask)}
-        if self.log_probs is not None:
-            lengths["log_probs"] = len(self.log_probs)
+        given = {"actions": self.actions, "mask": self.mask, "log_probs": self.log_probs, "behaviour": self.behaviour}
+        lengths = {name: len(value) for name, value in given.items() if value is not None}
         if len(set(lengths.values())) > 1:
-            raise ContractError(f"segment {self.stage!r} has {lengths}: actions, mask and log_probs need one length")
+            raise ContractError(f"segment {self.stage!r} has {lengths}: all of them need one length")
 
 
 @frozen(eq=False)
@@ -192,6 +193,8 @@ class Stage:
     """(N, T) float32 as sampled, 0 where absent; None = not a likelihood."""
     context: Mapping[str, Any] = Factory(dict)
     """N tensors a name, unpadded."""
+    behaviour: Tensor | None = None
+    """(N, T) float32 of what drew the actions, where that is not what replay returns; None = it is."""
 
 
 @frozen(eq=False)

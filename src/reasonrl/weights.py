@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from reasonrl.interfaces import Trainable
+from reasonrl.sharding import local
 
 
 class Weights:
     """Copies of the trained parameters by name, swapped in place; for LoRA they are tiny.
+
+    Of parameters that are split over ranks, each rank holds and swaps its own part.
 
     `shadows` maps a name to decay(step): after each step copy = decay × copy + (1 − decay) × live. A decay of 1
     keeps the starting weights (a reference), 0 follows each step.
@@ -40,11 +43,12 @@ class Weights:
             decay = self.decays[name](step)
             if decay < 1:
                 with torch.no_grad():
-                    torch._foreach_lerp_(copies, [p.detach() for p in self.live], 1 - decay)
+                    torch._foreach_lerp_([local(c) for c in copies], [local(p) for p in self.live], 1 - decay)
 
     def _swap(self, copies: list[Tensor]) -> None:
         with torch.no_grad():
             for parameter, copy in zip(self.live, copies, strict=True):
-                held = parameter.detach().clone()
-                parameter.copy_(copy)
-                copy.copy_(held)
+                mine, other = local(parameter), local(copy)
+                held = mine.clone()
+                mine.copy_(other)
+                other.copy_(held)

@@ -7,6 +7,7 @@ import torch
 from attrs import evolve
 
 from reasonrl.bench import kernels
+from reasonrl.bench.commands import report
 from reasonrl.bench.contenders import CONTENDERS, Contender
 from reasonrl.bench.measure import Ceilings, ceilings, machine, peak_bytes
 from reasonrl.bench.problems import CFG_WEIGHT, Shape, operands, solved
@@ -94,9 +95,9 @@ def test_the_result_is_written_and_every_contender_has_a_line(tmp_path, monkeypa
     absent = Contender("a peer", "logits", lambda p: p.target, "no_such_module")
     monkeypatch.setattr(kernels, "CONTENDERS", (*few, absent))
     result = kernels.run(["logits"], device=CPU, rows=[40], vocab=[200], least_s=0.0)
-    kernels.write(result, tmp_path / "deep" / "bench.json")
-    assert json.loads((tmp_path / "deep" / "bench.json").read_text())["rows"][0]["contender"] == "reasonrl"
     (table,) = kernels.rendered(result)
+    report(result, [table], tmp_path / "deep" / "bench.json", "")
+    assert json.loads((tmp_path / "deep" / "bench.json").read_text())["rows"][0]["contender"] == "reasonrl"
     assert list(table.columns[0].cells) == ["reasonrl", "", "torch eager, float32", "", "a peer"]
     assert list(table.columns[1].cells)[-1] == "not installed"
     assert list(table.columns[3].cells)[:2] == ["1.00", "1.00"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,3 +138,35 @@ def test_supervision_is_the_negative_log_likelihood_of_the_masked_actions():
     assert loss.total.item() == 7.0
     loss.total.backward()
     assert torch.equal(live.grad, -mask.float())
+
+
+@moderate
+@given(cases(), st.floats(0.5, 5.0))
+def test_actions_that_another_distribution_drew_weigh_by_a_truncated_ratio(case, most):
+    live, old, drew, advantages, mask = case
+    given_stage = evolve(stage(mask, advantages, old), behaviour=drew)
+    found = GRPO(most_importance=most).loss(given_stage, Replay(live, torch.ones_like(live)), {})
+    expected = sum(
+        min(math.exp(float(old[i, t] - drew[i, t])), most)
+        * equation_3(float(live[i, t]), float(old[i, t]), 0.0, float(advantages[i]), low=0.2, high=0.2, kl=0.0)
+        for i, t in mask.nonzero().tolist()
+    )
+    assert found.total.item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    assert found.metrics["importance"].item() <= most * mask.sum().item() + 1e-9
+
+
+def test_untruncated_weights_make_the_gradient_that_of_the_trained_distribution():
+    torch.manual_seed(0)
+    words, reward = 6, torch.randn(6, dtype=torch.float64)
+    logits = torch.randn(words, dtype=torch.float64, requires_grad=True)
+    drew = torch.randn(words, dtype=torch.float64).log_softmax(0)
+    on_policy = (logits.softmax(0) * reward).sum()
+    (wanted,) = torch.autograd.grad(on_policy, logits)
+    # Every word once, each loss weighted by the probability that it was drawn.
+    live = logits.log_softmax(0)[:, None]
+    every = stage(torch.ones(words, 1, dtype=torch.bool), drew.exp() * reward, live.detach())
+    found = GRPO(most_importance=1e9).loss(
+        evolve(every, behaviour=drew[:, None]), Replay(live, torch.ones_like(live)), {}
+    )
+    (slope,) = torch.autograd.grad(-found.total, logits)
+    torch.testing.assert_close(slope, wanted)

@@ -4,37 +4,19 @@ Written from the description of the layers, as an independent reference for the 
 """
 
 import torch
+from tests.policies.janus_sizes import TINY, Sizes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-WIDTH, VOCAB, IMAGE_VOCAB, CODE, SIZE, PATCH = 64, 120, 48, 8, 32, 4
-BASE, LEVELS, BLOCKS, LATENT = 32, (1, 1, 2), 2, 16
-
-CONFIG = {
-    "model_type": "multi_modality",
-    "architectures": ["MultiModalityCausalLM"],
-    "vision_config": {
-        "cls": "CLIPVisionTower",
-        "params": {"image_size": SIZE, "model_name": "siglip_large_patch16_384", "select_layer": -1},
-    },
-    "aligner_config": {"cls": "MlpProjector", "params": {"depth": 2, "n_embed": WIDTH, "projector_type": "mlp_gelu"}},
-    "gen_vision_config": {"cls": "VQ-16", "params": {"image_token_size": IMAGE_VOCAB, "n_embed": CODE}},
-    "gen_aligner_config": {"cls": "MlpProjector", "params": {"depth": 2, "n_embed": WIDTH}},
-    "gen_head_config": {"cls": "vision_head", "params": {"image_token_embed": WIDTH, "n_embed": WIDTH}},
-    "language_config": {
-        "model_type": "llama",
-        "hidden_size": WIDTH,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-        "torch_dtype": "bfloat16",
-        "_attn_implementation": "flash_attention_2",
-    },
-}
+WIDTH, VOCAB, IMAGE_VOCAB, CODE, SIZE, CONFIG = (
+    TINY.width,
+    TINY.vocab,
+    TINY.num_codes,
+    TINY.code,
+    TINY.pixels,
+    TINY.config,
+)
 
 
 class Attention(nn.Module):
@@ -62,14 +44,26 @@ class Block(nn.Module):
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
-class Tower(nn.Module):
-    def __init__(self, width: int = 32, depth: int = 2, heads: int = 16) -> None:
+class Pooled(nn.Module):
+    """What SigLIP pools its patches with: saved, and unused by the model."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
-        self.pos_embed = nn.Parameter(torch.randn(1, (SIZE // PATCH) ** 2, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.latent = nn.Parameter(torch.randn(1, 1, width))
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+
+class Tower(nn.Module):
+    def __init__(self, sizes: Sizes, heads: int = 16) -> None:
+        super().__init__()
+        width, patch = sizes.tower_width, sizes.patch
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.pos_embed = nn.Parameter(torch.randn(1, (sizes.pixels // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(sizes.tower_layers)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.attn_pool = nn.ModuleDict({"q": nn.Linear(width, width)})  # saved, and unused by the model
+        self.attn_pool = Pooled(width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)
@@ -77,9 +71,9 @@ class Tower(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, given: int) -> None:
+    def __init__(self, given: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(given, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.layers = nn.Sequential(nn.Linear(given, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -144,18 +138,19 @@ class Level(nn.Module):
 class Pixels(nn.Module):
     """Encoder and decoder are the same layers in opposite order."""
 
-    def __init__(self, given: int, made: int, *, encodes: bool) -> None:
+    def __init__(self, sizes: Sizes, given: int, made: int, *, encodes: bool) -> None:
         super().__init__()
-        widths = [BASE * m for m in LEVELS]
+        base, blocks = sizes.base, sizes.blocks
+        widths = [base * m for m in sizes.levels]
         deepest, last = widths[-1], len(widths) - 1
         order = range(len(widths)) if encodes else reversed(range(len(widths)))
-        self.conv_in = nn.Conv2d(given, BASE if encodes else deepest, 3, padding=1)
+        self.conv_in = nn.Conv2d(given, base if encodes else deepest, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        width = BASE if encodes else deepest
+        width = base if encodes else deepest
         for i in order:
             ends = i == (last if encodes else 0)
             how = None if ends else ("downsample" if encodes else "upsample")
-            count = BLOCKS if encodes else BLOCKS + 1
+            count = blocks if encodes else blocks + 1
             self.conv_blocks.append(Level(width, widths[i], count, attends=i == last, resampled=how))
             width = widths[i]
         middle = Residual(deepest, deepest), PixelAttention(deepest), Residual(deepest, deepest)
@@ -172,44 +167,53 @@ class Pixels(nn.Module):
 
 
 class Codes(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.encoder, self.decoder = Pixels(3, LATENT, encodes=True), Pixels(LATENT, 3, encodes=False)
-        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(IMAGE_VOCAB, CODE)})
-        self.quantize.register_buffer("codebook_used", torch.zeros(7))
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(LATENT, CODE, 1), nn.Conv2d(CODE, LATENT, 1)
+        latent, code = sizes.latent, sizes.code
+        self.encoder, self.decoder = Pixels(sizes, 3, latent, encodes=True), Pixels(sizes, latent, 3, encodes=False)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(sizes.num_codes, code)})
+        self.quantize.register_buffer("codebook_used", torch.zeros(sizes.used))
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(latent, code, 1), nn.Conv2d(code, latent, 1)
 
     def decode_code(self, tokens: Tensor, side: int) -> Tensor:
         """Returns pixels (N, 3, S, S) in about −1..1 of (N, side·side) tokens."""
         codes = F.normalize(self.quantize["embedding"].weight, dim=-1)[tokens]
-        return self.decoder(self.post_quant_conv(codes.transpose(1, 2).reshape(len(tokens), CODE, side, side)))
+        return self.decoder(self.post_quant_conv(codes.transpose(1, 2).reshape(len(tokens), -1, side, side)))
 
 
 class VisionModel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.vision_tower = Tower()
+        self.vision_tower = Tower(sizes)
 
 
 class GenHead(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, num_codes: int) -> None:
         super().__init__()
-        self.output_mlp_projector, self.vision_head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, IMAGE_VOCAB)
+        self.output_mlp_projector, self.vision_head = nn.Linear(width, width), nn.Linear(width, num_codes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vision_head(F.gelu(self.output_mlp_projector(x)))
 
 
 class OriginalJanus(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes = TINY) -> None:
         super().__init__()
-        self.vision_model, self.aligner = VisionModel(), Mlp(32)
-        self.gen_vision_model, self.gen_aligner, self.gen_head = Codes(), Mlp(CODE), GenHead()
-        self.gen_embed = nn.Embedding(IMAGE_VOCAB, CODE)
-        language = {
-            k: v for k, v in CONFIG["language_config"].items() if k not in ("torch_dtype", "_attn_implementation")
-        }
-        self.language_model = LlamaForCausalLM(LlamaConfig(**language, tie_word_embeddings=False))
+        width = sizes.width
+        self.vision_model, self.aligner = VisionModel(sizes), Mlp(sizes.tower_width, width)
+        self.gen_vision_model, self.gen_aligner = Codes(sizes), Mlp(sizes.code, width)
+        self.gen_head = GenHead(width, sizes.num_codes)
+        self.gen_embed = nn.Embedding(sizes.num_codes, sizes.code)
+        language = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=sizes.mlp,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.heads,
+            vocab_size=sizes.vocab,
+            tie_word_embeddings=False,
+        )
+        self.language_model = LlamaForCausalLM(language)
 
     def prepare_gen_img_embeds(self, tokens: Tensor) -> Tensor:
         return self.gen_aligner(self.gen_embed(tokens))

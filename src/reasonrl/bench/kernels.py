@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -19,7 +14,7 @@ from rich.table import Table as RichTable
 from torch import Tensor
 
 from reasonrl.bench.contenders import CONTENDERS, Contender
-from reasonrl.bench.measure import Ceilings, ceilings, machine, peak_bytes, seconds
+from reasonrl.bench.measure import Ceilings, apart, ceilings, machine, peak_bytes, seconds
 from reasonrl.bench.problems import CFG_WEIGHT, Answer, Problem, Shape, Table, operands, solved
 from reasonrl.bench.small import small_operators
 from reasonrl.errors import ConfigError
@@ -131,26 +126,11 @@ def measured(
     shape: Shape, contender: Contender, target: Tensor, answer: Answer, limits: Ceilings, *, least_s: float
 ) -> Measured:
     """Measures one contender; on a CPU in a process of its own, whose memory is its own. A failure is a result."""
-    work = partial(_measured, shape, contender.name, target, answer, limits, torch.get_num_threads(), least_s)
-    try:
-        if target.is_cuda:
-            return work()
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(work).result()
-    except torch.OutOfMemoryError:
-        failed = "out of memory"
-    except BrokenProcessPool:
-        failed = "its process died: out of memory?"
-    except Exception as error:  # noqa: BLE001 - a peer may break in any way, and the other rows are still wanted
-        failed = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-    return Measured(contender.name, shape, {}, {}, {}, None, {}, failed)
+    found = apart(partial(_measured, shape, contender.name, target, answer, limits, least_s), target.device)
+    return Measured(contender.name, shape, {}, {}, {}, None, {}, found) if isinstance(found, str) else found
 
 
-def _measured(
-    shape: Shape, name: str, target: Tensor, answer: Answer, limits: Ceilings, threads: int, least_s: float
-) -> Measured:
-    torch.set_num_threads(threads)
+def _measured(shape: Shape, name: str, target: Tensor, answer: Answer, limits: Ceilings, least_s: float) -> Measured:
     contender = next(c for c in CONTENDERS if (c.table, c.name) == (shape.table, name))
     problem = evolve(operands(shape, target.device), target=target)
     with warnings.catch_warnings():
@@ -225,12 +205,6 @@ def _errors(contender: Contender, problem: Problem, answer: Answer) -> dict[str,
         of_words = gradients[-1][answer.words].double()
         errors["words"] = float((of_words - answer.of_words).norm() / answer.of_words.norm())
     return errors
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Writes a result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def rendered(result: dict[str, Any]) -> Iterator[RichTable]:

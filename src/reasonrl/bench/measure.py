@@ -1,4 +1,4 @@
-"""Seconds, peak memory and this machine's ceilings."""
+"""Seconds, peak memory, this machine's ceilings, and a process of one's own to measure in."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import gc
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
 from torch.utils.benchmark import Timer
 
 COMPONENTS = ("reasonrl", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+Result = TypeVar("Result")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -24,6 +29,47 @@ def seconds(run: Callable[[], object], *, least_s: float) -> float:
     """Returns the median of the times of a call, repeated for at least `least_s`; the device's work is waited for."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=least_s).median)
+
+
+class Stopwatch:
+    """Adds up seconds by phase; the device's work is waited for at both ends of a phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Counts what happens inside to a phase."""
+        self._wait()
+        begin = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def apart(work: Callable[[], Result], device: torch.device) -> Result | str:
+    """Returns what `work` returns, or one line that says why it failed: a peer that breaks is a result.
+
+    On a CPU it runs in a process of its own, whose memory is its own, with as many threads: `work` must pickle.
+    """
+    try:
+        if device.type == "cuda":
+            return work()
+        threads = (torch.get_num_threads(),)
+        context = get_context("spawn")
+        with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as pool:
+            return pool.submit(work).result()
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except BrokenProcessPool:
+        return "its process died: out of memory?"
+    except Exception as error:  # noqa: BLE001 - a peer may break in any way, and the other rows are still wanted
+        return f"{type(error).__name__}: {error}".splitlines()[0][:80]
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
@@ -87,6 +133,12 @@ def ceilings(device: torch.device, *, least_s: float = 0.3) -> Ceilings:
         rate = 2 * side**3 / seconds(partial(torch.mm, left, right), least_s=least_s)
         products[str(dtype).removeprefix("torch.")] = rate
     return Ceilings(copy, products)
+
+
+def read_rate(device: torch.device, *, least_s: float = 0.3) -> float:
+    """Returns bytes a second that a sum reads of a buffer no cache holds: the ceiling of a step of decoding."""
+    values = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device)
+    return values.nbytes / seconds(values.sum, least_s=least_s)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

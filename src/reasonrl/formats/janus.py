@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from reasonrl.errors import CheckpointError
 from reasonrl.formats import multi_modality
-from reasonrl.formats.files import first_line, read_config, read_weights
+from reasonrl.formats.files import first_line, last_line, read_config, read_weights
 
 if TYPE_CHECKING:
     from transformers import JanusConfig, JanusForConditionalGeneration, JanusVQVAE
@@ -28,8 +29,8 @@ def is_published(folder: Path) -> bool:
     return kind == multi_modality.MODEL_TYPE
 
 
-def load_janus(folder: Path) -> JanusForConditionalGeneration:
-    """Returns the model of a folder in the dtype of its config, else of its weights; raises CheckpointError."""
+def load_janus(folder: Path, *, dtype: torch.dtype | None = None) -> JanusForConditionalGeneration:
+    """Returns the model of a folder in a dtype, None = its config's, else its weights'; raises CheckpointError."""
     from transformers import JanusForConditionalGeneration
 
     published, weights = is_published(folder), read_weights(folder)
@@ -43,18 +44,23 @@ def load_janus(folder: Path) -> JanusForConditionalGeneration:
             state_dict=weights,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their names
-            dtype=config.dtype or (floats[0] if floats else None),
+            dtype=dtype or config.dtype or (floats[0] if floats else None),
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is no Janus checkpoint: {first_line(error)}") from error
-    missing, foreign, wrong = (sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched"))
-    if missing or foreign or wrong:
-        raise CheckpointError(
-            f"{folder} does not fit JanusForConditionalGeneration: {len(missing)} weights missing (first {missing[:1]})"
-            f", {len(foreign)} unknown (first {foreign[:1]}), {len(wrong)} of another shape (first {wrong[:1]}):"
-            " is a shard missing, or config.json another model's?"
-        )
+    _refuse_misfits(folder, info)
     return model
+
+
+def _refuse_misfits(folder: Path, info: dict[str, Any]) -> None:
+    shapes = [f"{name} {tuple(found)} where {tuple(needed)} fits" for name, found, needed in info["mismatched_keys"]]
+    kinds = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"], "of another shape": shapes}
+    problems = [f"{len(names)} weights {kind} (first: {min(names)})" for kind, names in kinds.items() if names]
+    if problems:
+        raise CheckpointError(
+            f"{folder} does not fit JanusForConditionalGeneration: {', '.join(problems)}; is a shard missing, or"
+            " config.json another model's?"
+        )
 
 
 def load_decoder(folder: Path) -> JanusVQVAE:
@@ -70,17 +76,25 @@ def load_decoder(folder: Path) -> JanusVQVAE:
         weights, config = read_weights(folder, prefix=DECODER), _config(folder).vq_config
     model = JanusVQVAE(config)
     found = {name.removeprefix(DECODER): value for name, value in weights.items() if name.startswith(DECODER)}
-    missing = sorted(set(model.state_dict()) - set(found))
+    needed = model.state_dict()
+    missing = sorted(set(needed) - set(found))
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} VQ decoder weights, first {missing[0]}")
-    model.load_state_dict(found)
+    wrong = sorted(name for name, value in needed.items() if found[name].shape != value.shape)
+    if wrong:
+        raise CheckpointError(
+            f"{folder} holds {len(wrong)} VQ decoder weights of another shape (first: {wrong[0]}"
+            f" {tuple(found[wrong[0]].shape)} where {tuple(needed[wrong[0]].shape)} fits); is config.json another's?"
+        )
+    model.load_state_dict({name: found[name] for name in needed})
     return model.eval().requires_grad_(False)
 
 
 def _config(folder: Path) -> JanusConfig:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import JanusConfig
 
     try:
         return JanusConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}/config.json is no Janus model's: {first_line(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder}/config.json is no Janus model's: {last_line(error)}") from error

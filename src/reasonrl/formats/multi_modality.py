@@ -13,12 +13,14 @@ from attrs import frozen
 from torch import Tensor
 
 from reasonrl.errors import CheckpointError
+from reasonrl.formats.files import last_line
 
 if TYPE_CHECKING:
     from transformers import (
         JanusConfig,
         JanusVisionConfig,
         JanusVQVAEConfig,
+        LlamaConfig,
         PreTrainedTokenizerBase,
     )
 
@@ -96,11 +98,15 @@ class _Shapes:
 
     weights: Mapping[str, Tensor]
 
-    def of(self, name: str) -> list[int]:
-        try:
-            return list(self.weights[name].shape)
-        except KeyError:
-            raise CheckpointError(f"the checkpoint lacks the weight {name}: is a shard missing?") from None
+    def of(self, name: str, *, axes: int) -> list[int]:
+        if name not in self.weights:
+            raise CheckpointError(f"the checkpoint lacks the weight {name}: is a shard missing?")
+        found = list(self.weights[name].shape)
+        if len(found) != axes:
+            raise CheckpointError(
+                f"the weight {name} has the shape {tuple(found)}, expected {axes} axes: the file is another model's"
+            )
+        return found
 
     def number(self, pattern: str) -> int:
         """Returns one more than the largest number that the pattern captures; 0 = none."""
@@ -110,12 +116,10 @@ class _Shapes:
 
 def janus_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) -> JanusConfig:
     """Returns transformers' config of a published config.json and its weights; raises CheckpointError."""
-    from transformers import JanusConfig, LlamaConfig
+    from transformers import JanusConfig
 
-    text = {k: v for k, v in dict(original.get("language_config", {})).items() if not k.startswith("_")}
-    text.pop("torch_dtype", None)
-    language = LlamaConfig(**{"tie_word_embeddings": False, **text})
-    rows, columns = _Shapes(weights).of("language_model.model.embed_tokens.weight")
+    language = _language(original)
+    rows, columns = _Shapes(weights).of("language_model.model.embed_tokens.weight", axes=2)
     if (rows, columns) != (language.vocab_size, language.hidden_size):
         raise CheckpointError(
             f"config.json says {language.vocab_size} words of width {language.hidden_size}, the weights hold {rows} of"
@@ -129,6 +133,22 @@ def janus_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
     )
 
 
+def _language(original: Mapping[str, Any]) -> LlamaConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+
+    given = original.get("language_config")
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json has no language_config: it is no {MODEL_TYPE} checkpoint")
+    # The authors blank with the tokenizer's padding, whatever the config says.
+    left_out = ("torch_dtype", "pad_token_id")
+    text = {key: value for key, value in given.items() if not key.startswith("_") and key not in left_out}
+    try:
+        return LlamaConfig(**{"tie_word_embeddings": False, **text})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json's language_config is no Llama's: {last_line(error)}") from error
+
+
 def vision_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) -> JanusVisionConfig:
     """Returns the config of the tower that sees; raises CheckpointError."""
     from transformers import JanusVisionConfig
@@ -138,16 +158,16 @@ def vision_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
     named = str(params.get("model_name", ""))
     if named not in HEADS:
         raise CheckpointError(f"vision tower {named!r} is not known: expected one of {', '.join(HEADS)}")
-    width, _, patch, _ = shapes.of(tower + "patch_embed.proj.weight")
-    size = int(params.get("image_size", 384))
+    width, _, patch, _ = shapes.of(tower + "patch_embed.proj.weight", axes=4)
+    size = _pixels(original)
     return JanusVisionConfig(
         hidden_size=width,
         num_hidden_layers=shapes.number(rf"{re.escape(tower)}blocks\.(\d+)\."),
         num_attention_heads=HEADS[named],
         image_size=size,
         patch_size=patch,
-        mlp_ratio=shapes.of(tower + "blocks.0.mlp.fc1.weight")[0] / width,
-        projection_dim=shapes.of("aligner.layers.0.weight")[0],
+        mlp_ratio=shapes.of(tower + "blocks.0.mlp.fc1.weight", axes=2)[0] / width,
+        projection_dim=shapes.of("aligner.layers.0.weight", axes=2)[0],
         depth=shapes.number(r"aligner\.layers\.(\d+)\.") // 2 + 1,
         num_image_tokens=(size // patch) ** 2,
     )
@@ -158,25 +178,33 @@ def vq_config(original: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Jan
     from transformers import JanusVQVAEConfig
 
     shapes, vq = _Shapes(weights), "gen_vision_model."
-    size = int(_params(original, "vision_config").get("image_size", 384))
-    num_codes, width = shapes.of("gen_embed.weight")
+    size = _pixels(original)
+    num_codes, width = shapes.of("gen_embed.weight", axes=2)
     levels = shapes.number(rf"{re.escape(vq)}encoder\.conv_blocks\.(\d+)\.")
-    base, channels, *_ = shapes.of(vq + "encoder.conv_in.weight")
-    outs = [shapes.of(f"{vq}encoder.conv_blocks.{i}.res.0.conv1.weight")[0] for i in range(levels)]
+    base, channels, *_ = shapes.of(vq + "encoder.conv_in.weight", axes=4)
+    outs = [shapes.of(f"{vq}encoder.conv_blocks.{i}.res.0.conv1.weight", axes=4)[0] for i in range(levels)]
     return JanusVQVAEConfig(
         embed_dim=width,
         num_embeddings=num_codes,
-        latent_channels=shapes.of(vq + "encoder.conv_out.weight")[0],
+        latent_channels=shapes.of(vq + "encoder.conv_out.weight", axes=4)[0],
         in_channels=channels,
-        out_channels=shapes.of(vq + "decoder.conv_out.weight")[0],
+        out_channels=shapes.of(vq + "decoder.conv_out.weight", axes=4)[0],
         base_channels=base,
         channel_multiplier=[out // base for out in outs],
         num_res_blocks=shapes.number(rf"{re.escape(vq)}encoder\.conv_blocks\.0\.res\.(\d+)\."),
         num_patches=size // 2 ** (levels - 1),
-        projection_dim=shapes.of("gen_aligner.layers.0.weight")[0],
+        projection_dim=shapes.of("gen_aligner.layers.0.weight", axes=2)[0],
         num_hidden_layers=shapes.number(r"gen_aligner\.layers\.(\d+)\.") // 2 + 1,
-        image_token_embed_dim=shapes.of("gen_head.output_mlp_projector.weight")[0],
+        image_token_embed_dim=shapes.of("gen_head.output_mlp_projector.weight", axes=2)[0],
     )
+
+
+def _pixels(original: Mapping[str, Any]) -> int:
+    """Returns the side of an image."""
+    size = _params(original, "vision_config").get("image_size", 384)
+    if not isinstance(size, int) or size < 1:
+        raise CheckpointError(f"config.json's vision_config.params.image_size is {size!r}, expected pixels, as 384")
+    return size
 
 
 def _params(original: Mapping[str, Any], part: str) -> Mapping[str, Any]:
@@ -194,12 +222,19 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab: int) -> PreTrai
     """
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in PLAN_TOKENS if token not in known])
-    largest = max(tokenizer.convert_tokens_to_ids(list(PLAN_TOKENS)))
-    if largest >= vocab:
+    ids = tokenizer.get_vocab()
+    plan = max(ids[token] for token in PLAN_TOKENS)
+    if plan >= vocab:
         raise CheckpointError(
-            f"the tokenizer's plan tokens ({', '.join(PLAN_TOKENS)}) end at id {largest}, the model knows {vocab} words"
+            f"the tokenizer's plan tokens ({', '.join(PLAN_TOKENS)}) end at id {plan}, the model knows {vocab} words"
             ": tokenizer and model are of two checkpoints, or the embeddings must be made larger"
         )
-    if tokenizer.pad_token is None and PAD in known:
+    beyond = sorted((number, token) for token, number in ids.items() if number >= vocab)
+    if beyond:
+        raise CheckpointError(
+            f"{len(beyond)} words of the tokenizer are beyond the model (first: {beyond[0][1]!r}, id {beyond[0][0]})"
+            f", which has {vocab}: tokenizer and model are of two checkpoints"
+        )
+    if PAD in known:  # what the authors blank with; some tokenizers pad with their end of text
         tokenizer.pad_token = PAD
     return tokenizer

@@ -29,6 +29,10 @@ class Policy(Trainable):
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises DataError, naming the prompt's id, for a prompt it cannot read; called before a run."""
 
+    def foretell(self, prompts: Sequence[Prompt], *, group_size: int) -> list[str]:
+        """Returns what a run should say before it begins: how it will draw, in lines; raises where it cannot."""
+        return []
+
 
 class Teachable(ABC):
     """A policy or renderer that can learn from demonstrations."""

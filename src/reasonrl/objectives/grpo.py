@@ -31,6 +31,9 @@ class GRPO(Objective):
     clip_high: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
     kl: float = field(default=0.0, validator=validators.ge(0))
     """Weight of k3 to the starting weights; 0 keeps no reference in memory."""
+    most_importance: float = field(default=2.0, validator=validators.gt(0))
+    """C of the weight min(π/β, C) of an action that was drawn from β and not from the π that is trained (truncated
+    importance sampling); where replay returns what was drawn from, every weight is 1."""
     scale: Literal["std", "none"] = field(default="std", validator=validators.in_(("std", "none")))
     """Divide advantages by the group's standard deviation, or not (Dr. GRPO)."""
     eps: float = field(default=1e-4, validator=validators.gt(0))
@@ -61,10 +64,12 @@ class GRPO(Objective):
         assert replay.entropy is not None
         live = replay.log_probs
         high = self.clip if self.clip_high is None else self.clip_high
+        weights = self._importance(stage)
         found = policy_loss(
             live,
             live if stage.log_probs is None else stage.log_probs,
-            stage.advantages,
+            # A factor above 0 passes through the surrogate's minimum.
+            stage.advantages if weights is None else stage.advantages[:, None] * weights,
             stage.mask,
             reference_log_prob=frozen["reference"].log_probs if self.kl else None,
             clip=(self.clip, high),
@@ -79,4 +84,12 @@ class GRPO(Objective):
         }
         if self.kl:
             metrics["kl"] = found.metrics["kl"]
+        if weights is not None:
+            metrics["importance"] = weights[stage.mask].sum()
+            metrics["truncated_frac"] = (weights[stage.mask] >= self.most_importance).float().sum()
         return Loss(found.loss, metrics)
+
+    def _importance(self, stage: Stage) -> Tensor | None:
+        if stage.behaviour is None or stage.log_probs is None:
+            return None
+        return (stage.log_probs - stage.behaviour).exp().clamp(max=self.most_importance)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from attrs import evolve, field, frozen, validators
-from torch import Tensor, nn
+from torch import Tensor
 
 from reasonrl.errors import ConfigError, DataError
 from reasonrl.interfaces import Policy, Teachable
 from reasonrl.noise import Draw, uniform
-from reasonrl.policies.janus import Loader, SpecialTokens, quiet, special_tokens
+from reasonrl.policies.janus import DTYPES, Loader, SpecialTokens, quiet, special_tokens
 from reasonrl.policies.janus_sampler import Reasoned, Sampler, Tokens
+from reasonrl.policies.layout import IMAGE, REASONING, laid_out
+from reasonrl.policies.sampling_plan import SamplingPlan, planned
 from reasonrl.policies.trained_parts import PARTS, Trained, has_adapters, merged_weights, save_adapters
 from reasonrl.types import Batch, Member, Prompt, Replay, Segment, Stop, Trajectory
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 TEMPLATE = "Follow the caption to generate an image through a chain of thought process: {prompt}"
 TURN = "User: {content}\n\nAssistant:"
 """How GoT-R1's inference code puts a prompt to the model: no system prompt, the assistant's name last."""
-REASONING, IMAGE = "reasoning", "image"
 
 
 @final
@@ -34,25 +35,33 @@ REASONING, IMAGE = "reasoning", "image"
 class GoTR1(Policy, Teachable):
     """Reasoning tokens until begin-of-image, then image tokens under classifier-free guidance.
 
-    The defaults are those of the authors' inference code: temperature 1, guidance 5, at most 600 reasoning tokens,
-    begin-of-image appended where it is missing. Text is drawn without guidance. The unconditional branch is the
-    sequence with everything between its first and last token blanked: prompt and plan are dropped together.
+    The defaults are those of the authors' inference code: temperature 1, guidance 5, at most 600 reasoning tokens and
+    begin-of-image behind them. Unlike there, end-of-text ends a plan too, and begin-of-image is appended. Text is drawn
+    without guidance. The unconditional branch is the sequence with everything between its first and last token blanked:
+    prompt and plan are dropped together.
     """
 
     checkpoint: str = "nano"
     """"nano" (packaged), a folder, or a Hub name: in transformers' Janus format or the authors' `multi_modality`."""
     guidance: float = field(default=5.0, validator=validators.ge(0))
     """w of l = u + w (c − u) for image tokens; 1 = the conditional branch alone, at half the cost."""
-    detached: bool = False
-    """Send no gradient through the unconditional branch: a third less work a step, and no longer the exact gradient."""
+    log_probs: Literal["guided", "detached", "conditional"] = field(
+        default="guided", validator=validators.in_(("guided", "detached", "conditional"))
+    )
+    """What is trained of tokens drawn under guidance. guided: what they were drawn from. detached: the same, without
+    gradient through the unconditional branch: a third less work, not the exact gradient. conditional: the log-probs
+    without guidance, as peers do; those they were drawn from are recorded, and the objective corrects by weights."""
     temperature: float = field(default=1.0, validator=validators.gt(0))
-    max_tokens: int = field(default=600, validator=validators.ge(1))
+    max_tokens: int = field(default=601, validator=validators.ge(1))
     """Most reasoning tokens, begin-of-image included."""
+    packed: bool = True
+    """Replay rows on one line, without padding and with shared prefixes once; False: padded rows, the slow twin."""
     images_per_plan: int = field(default=1, validator=validators.ge(1))
     """Images drawn after each plan; a group of 16 trajectories with 4 a plan has 4 plans."""
     template: str = field(default=TEMPLATE)
-    sample_rows: int = field(default=256, validator=validators.ge(1))
-    """Trajectories drawn at once; part of the batch composition, so of bit-exactness."""
+    sample_rows: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
+    """Trajectories drawn at once; None = as many as free memory holds when the first are drawn, at most 256. Part of
+    the batch composition, so of bit-exactness: pin it where free memory may differ between a run and its resume."""
     trained: tuple[str, ...] = field(
         default=tuple(PARTS), converter=tuple, validator=validators.deep_iterable(validators.in_(PARTS))
     )
@@ -60,6 +69,10 @@ class GoTR1(Policy, Teachable):
     lora_rank: int = field(default=0, validator=validators.ge(0))
     """Above 0, adapters of the language model's linear layers learn instead of the layers (32 in GoT-R1's paper)."""
     lora_alpha: float = field(default=32.0, validator=validators.gt(0))
+    dtype: Literal["checkpoint", "float32", "bfloat16"] = field(
+        default="checkpoint", validator=validators.in_(tuple(DTYPES))
+    )
+    """Of the weights. Adapters learn in float32 whatever it is; log-probs are float32 too."""
     gradient_checkpointing: bool = False
     """Compute each layer again in backward instead of keeping its insides: a fourth more work, far less memory."""
     blank_frac: float = field(default=0.1, validator=[validators.ge(0), validators.le(1)])
@@ -93,17 +106,17 @@ class GoTR1(Policy, Teachable):
     @property
     def module(self) -> JanusModule:
         """The Janus model, loaded on first use."""
-        return self._loader.load(self.checkpoint, self._trained)[0]
+        return self._loader.load(self.checkpoint, self._trained, self.dtype)[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
-        return self._loader.load(self.checkpoint, self._trained)[1]
+        return self._loader.load(self.checkpoint, self._trained, self.dtype)[1]
 
     @property
     def special(self) -> SpecialTokens:
         """Ids of the tokens the policy writes itself."""
-        return special_tokens(self.tokenizer, self.module)
+        return special_tokens(self.tokenizer)
 
     @property
     def num_image_tokens(self) -> int:
@@ -125,26 +138,27 @@ class GoTR1(Policy, Teachable):
                 " every plan of a group has as many images"
             )
         self.check(prompts)
-        size = max(1, self.sample_rows // group_size)
+        size = self._groups_at_once(prompts, group_size)
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         return [t for chunk in chunks for t in self._sample(chunk, group_size, draw)]
 
+    def foretell(self, prompts: Sequence[Prompt], *, group_size: int) -> list[str]:
+        """Says how many trajectories are drawn at once; ConfigError where memory does not hold one group."""
+        return [] if self.sample_rows else [str(self._plan(prompts, group_size))]
+
     def replay(self, batch: Batch, needs: Mapping[str, frozenset[str]]) -> dict[str, Replay]:
         """Returns log-probs of the tempered, guided distribution that `sample` drew from; one pass for both stages."""
-        packed = _Packed.of(batch, needs, self.special.pad)
         entropy = any("entropy" in wanted for wanted in needs.values())
-        found = self.module(
-            packed.text,
-            packed.image,
-            packed.lengths,
-            packed.text_at,
-            packed.image_at,
-            blank=packed.blank,
-            guidance=self.guidance,
-            detached=self.detached,
-            temperature=self.temperature,
-            entropy=entropy,
+        guidance = 1.0 if self.log_probs == "conditional" else self.guidance
+        layout = laid_out(
+            batch,
+            needs,
+            self.special,
+            guided=guidance != 1.0,
+            packed=self.packed,
+            apart=self.log_probs == "detached",
         )
+        found = self.module(layout, guidance=guidance, temperature=self.temperature, entropy=entropy)
         return {name: _scattered(batch.stages[name].mask, found.get(name), entropy) for name in needs}
 
     def encode(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -163,6 +177,24 @@ class GoTR1(Policy, Teachable):
                 model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
+    def _groups_at_once(self, prompts: Sequence[Prompt], group_size: int) -> int:
+        rows = self.sample_rows
+        return max(1, rows // group_size) if rows else self._plan(prompts, group_size).groups
+
+    def _plan(self, prompts: Sequence[Prompt], group_size: int) -> SamplingPlan:
+        asked = (group_size, self.max_tokens, self.guidance != 1.0, self.images_per_plan)
+        module, plans = self.module, self._loader.plans
+        if asked not in plans:
+            plans[asked] = planned(
+                module,
+                group_size=group_size,
+                prompt_tokens=max((len(self._prompt_ids(p.text)) for p in prompts), default=1),
+                max_tokens=self.max_tokens,
+                guided=self.guidance != 1.0,
+                images_per_plan=self.images_per_plan,
+            )
+        return plans[asked]
+
     @property
     def _trained(self) -> Trained:
         return Trained(self.trained, self.lora_rank, self.lora_alpha, self.gradient_checkpointing)
@@ -172,7 +204,13 @@ class GoTR1(Policy, Teachable):
         plans = [(p, (g,)) for p in prompts for g in range(num_plans)]
         leaves = [(p, (*m, k) if per_plan > 1 else m) for p, m in plans for k in range(per_plan)]
         ids = [self._prompt_ids(p.text) for p in prompts]
-        sampler = Sampler(self.module, self.special, guidance=self.guidance, temperature=self.temperature)
+        sampler = Sampler(
+            self.module,
+            self.special,
+            guidance=self.guidance,
+            temperature=self.temperature,
+            conditional=self.log_probs == "conditional",
+        )
         text_keys = [draw.key(p.id, m, REASONING) for p, m in plans]
         reasoned = sampler.reason(ids, num_plans, uniform(text_keys, self.max_tokens))
         image_keys = [draw.key(p.id, m, IMAGE) for p, m in leaves]
@@ -200,7 +238,16 @@ class GoTR1(Policy, Teachable):
     def _trajectory(self, prompt: Prompt, member: Member, plan: Segment, images: Tokens, row: int) -> Trajectory:
         context = {"blank": torch.tensor(False), "entropy": images.entropy[row]}
         mask = torch.ones(images.ids.shape[1], dtype=torch.bool)
-        image = Segment(IMAGE, member, images.ids[row], mask, images.log_probs[row], context)
+        drawn, alone = images.log_probs[row], images.conditional
+        image = Segment(
+            IMAGE,
+            member,
+            images.ids[row],
+            mask,
+            drawn if alone is None else alone[row],
+            context,
+            behaviour=None if alone is None else drawn,
+        )
         return Trajectory(
             prompt=prompt,
             member=member,
@@ -263,47 +310,6 @@ class GoTR1(Policy, Teachable):
             return ""
         words = [w for w in text.split() if unknown in self._ids(w)]
         return f"unknown word {', '.join(repr(w) for w in dict.fromkeys(words))}" if words else ""
-
-
-@frozen(eq=False)
-class _Packed:
-    """A batch as the module reads it: prompt and reasoning in one row, image tokens in another."""
-
-    text: Tensor
-    image: Tensor
-    lengths: Tensor
-    text_at: Tensor
-    image_at: Tensor
-    blank: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, needs: Mapping[str, frozenset[str]], pad: int) -> _Packed:
-        reasoning = batch.stages[REASONING]
-        prompts = reasoning.context["prompt_ids"]
-        counts = reasoning.present.sum(1)
-        rows = [torch.cat([p, a[:n]]) for p, a, n in zip(prompts, reasoning.actions, counts, strict=True)]
-        text = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(r) for r in rows], device=text.device)
-        text_at = torch.zeros_like(text, dtype=torch.bool)
-        wanted = reasoning.mask if REASONING in needs else torch.zeros_like(reasoning.mask)
-        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            text_at[i, len(prompt) : len(prompt) + count] = wanted[i, :count]
-        image = batch.stages.get(IMAGE)
-        if image is None:
-            empty = text.new_zeros(len(rows), 0)
-            return cls(
-                text,
-                empty,
-                lengths,
-                text_at,
-                empty.bool(),
-                torch.zeros_like(lengths, dtype=torch.bool),
-            )
-        image_at = image.mask if IMAGE in needs else torch.zeros_like(image.mask)
-        blank = torch.stack(
-            [torch.tensor(False, device=text.device) if b is None else b for b in image.context["blank"]]
-        )
-        return cls(text, image.actions, lengths, text_at, image_at, blank)
 
 
 def _scattered(mask: Tensor, found: tuple[Tensor, Tensor | None] | None, entropy: bool) -> Replay:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from reasonrl.errors import CheckpointError, ConfigError
@@ -18,12 +18,16 @@ from reasonrl.formats.files import checkpoint_folder, first_line
 from reasonrl.formats.janus import is_published, load_janus
 from reasonrl.formats.multi_modality import prepare_tokenizer
 from reasonrl.kernels import linear_log_prob
+from reasonrl.policies.layout import IMAGE, REASONING, Asked, Layout, Line
+from reasonrl.policies.packed_attention import no_mask, use_packed_attention
+from reasonrl.policies.sampling_plan import SamplingPlan
 from reasonrl.policies.trained_parts import Trained
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
 
 NANO = "nano"
+DTYPES = {"checkpoint": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @frozen
@@ -40,15 +44,18 @@ class SpecialTokens:
 class Loader:
     """Holds one loaded checkpoint, so that variants of a policy (`attrs.evolve`) share its weights."""
 
-    key: tuple[str, Trained] | None = None
+    key: tuple[str, Trained, str] | None = None
     _loaded: tuple[JanusModule, PreTrainedTokenizerBase] | None = None
+    plans: dict[object, SamplingPlan] = field(factory=dict, init=False)
+    """What was decided when rows were first drawn, by what they were."""
 
-    def load(self, path: str, trained: Trained) -> tuple[JanusModule, PreTrainedTokenizerBase]:
+    def load(self, path: str, trained: Trained, dtype: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
         """Returns module and tokenizer, loading them once; raises CheckpointError."""
-        if self._loaded is None or self.key != (path, trained):
-            self._loaded = load_checkpoint(path)
+        if self._loaded is None or self.key != (path, trained, dtype):
+            self._loaded = load_checkpoint(path, dtype=DTYPES[dtype])
             trained.prepare(self._loaded[0].model)
-            self.key = (path, trained)
+            self.key = (path, trained, dtype)
+            self.plans.clear()
         return self._loaded
 
 
@@ -58,73 +65,63 @@ class JanusModule(nn.Module):
     def __init__(self, model: JanusForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
+        use_packed_attention(model.model.language_model)
 
     def forward(
-        self,
-        text: Tensor,
-        image: Tensor,
-        lengths: Tensor,
-        text_at: Tensor,
-        image_at: Tensor,
-        *,
-        blank: Tensor,
-        guidance: float,
-        detached: bool,
-        temperature: float,
-        entropy: bool,
+        self, layout: Layout, *, guidance: float, temperature: float, entropy: bool
     ) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Returns float32 log-probs (and entropies) of the wanted text and image tokens, each flat.
+        """Returns float32 log-probs (and entropies) of the tokens that the layout asks for, each flat.
 
-        text (N, L) is the right-padded prompt and reasoning, `lengths` (N,) its true length up to and
-        including begin-of-image; image (N, T) follows it. text_at (N, L) and image_at (N, T) mark the
-        wanted tokens. `blank` (N,) rows see the unconditional prefix instead of their own. `detached` leaves the
-        unconditional branch without gradient.
+        A line of its own for the unconditional branch is read without gradient.
         """
-        rows = torch.where(blank, 1, 0)
-        has_image = bool(image_at.any())
-        prefix = text if not blank.any() else torch.where(rows.bool()[:, None], self.unconditional(text, lengths), text)
-        hidden = self._hidden(prefix, image if has_image else image[:, :0], lengths)
+
+        def answer(asked: Asked, states: Tensor, head: nn.Linear, **guided: Any) -> tuple[Tensor, Tensor | None]:
+            found = linear_log_prob(
+                states,
+                head.weight,
+                asked.ids,
+                bias=head.bias,
+                temperature=temperature,
+                return_entropy=entropy,
+                **guided,
+            )
+            return found.log_prob, found.entropy
+
+        states = self._states(layout.line)
         out: dict[str, tuple[Tensor, Tensor | None]] = {}
-        if bool(text_at.any()):
-            # The token at position t is predicted by the hidden state at t - 1.
-            states = hidden[:, : text.shape[1] - 1][text_at[:, 1:]]
-            head = self.model.lm_head
-            found = linear_log_prob(
-                states,
-                head.weight,
-                text[:, 1:][text_at[:, 1:]],
-                bias=head.bias,
-                temperature=temperature,
-                return_entropy=entropy,
-            )
-            out["reasoning"] = (found.log_prob, found.entropy)
-        if has_image:
-            where = _image_positions(lengths, image.shape[1])
-            states = self._image_states(hidden, where, image_at)
-            uncond = None
-            if guidance != 1.0:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
-                    other = self._hidden(self.unconditional(text, lengths), image, lengths)
-                    uncond = self._image_states(other, where, image_at)
-            head = self.model.model.generation_head.vision_head
-            found = linear_log_prob(
-                states,
-                head.weight,
-                image[image_at],
-                bias=head.bias,
-                uncond_hidden=uncond,
+        if layout.words is not None:
+            out[REASONING] = answer(layout.words, states[layout.words.places], self.model.lm_head)
+        if layout.codes is not None:
+            out[IMAGE] = answer(
+                layout.codes,
+                self.before_image_head(states[layout.codes.places]),
+                self.model.model.generation_head.vision_head,
+                uncond_hidden=self._blind(layout, states),
                 cfg_weight=guidance,
-                temperature=temperature,
-                return_entropy=entropy,
             )
-            out["image"] = (found.log_prob, found.entropy)
         return out
 
-    def unconditional(self, text: Tensor, lengths: Tensor) -> Tensor:
-        """Returns (N, L) prefixes of the same lengths with all but the first and last token blanked (GoT-R1)."""
-        at = torch.arange(text.shape[1], device=text.device)
-        keep = (at == 0) | (at == lengths[:, None] - 1)
-        return torch.where(keep, text, self.model.config.text_config.pad_token_id)
+    def _blind(self, layout: Layout, states: Tensor) -> Tensor | None:
+        """Returns what the image head's last layer reads of the unconditional branch, or None."""
+        places = None if layout.codes is None else layout.codes.blind
+        if places is None:
+            return None
+        if layout.blind is None:
+            return self.before_image_head(states[places])
+        with torch.no_grad():
+            return self.before_image_head(self._states(layout.blind)[places])
+
+    def _states(self, line: Line) -> Tensor:
+        """Returns (R * L, D) states of a line's rows; only tokens that are wanted go on to a head."""
+        embedded = self.model.get_input_embeddings()(line.words)
+        if len(line.codes):
+            embedded = torch.cat([embedded, self.embed_image(line.codes).to(embedded.dtype)])
+        rows = embedded[line.source]
+        packed = {} if line.runs is None else {"runs": line.runs, "attention_mask": no_mask(rows)}
+        found = self.model.model.language_model(
+            inputs_embeds=rows, position_ids=line.positions, use_cache=False, **packed
+        )
+        return found.last_hidden_state.flatten(0, 1)
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """Returns (..., D) input embeddings of image tokens."""
@@ -134,31 +131,6 @@ class JanusModule(nn.Module):
         """Returns what the image head's last linear layer reads: guidance mixes there, where logits are linear."""
         head = self.model.model.generation_head
         return head.activation_fn(head.proj_out(states))
-
-    def _image_states(self, hidden: Tensor, where: Tensor, image_at: Tensor) -> Tensor:
-        states = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.before_image_head(states[image_at])
-
-    def _hidden(self, text: Tensor, image: Tensor, lengths: Tensor) -> Tensor:
-        """Returns (N, L + T, D) states of text rows each followed at once by its image tokens.
-
-        Padding is on the right and attention is causal, so no mask is needed.
-        """
-        embedded = self.model.get_input_embeddings()(text)
-        if image.shape[1]:
-            space = embedded.new_zeros(*image.shape, embedded.shape[-1])
-            at = _image_positions(lengths, image.shape[1]) + 1
-            embedded = torch.cat([embedded, space], 1).scatter(
-                1,
-                at[..., None].expand(-1, -1, embedded.shape[-1]),
-                self.embed_image(image).to(embedded.dtype),
-            )
-        return self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-
-
-def _image_positions(lengths: Tensor, num_tokens: int) -> Tensor:
-    """(N, T) positions of the states that predict each image token: begin-of-image first."""
-    return lengths[:, None] - 1 + torch.arange(num_tokens, device=lengths.device)
 
 
 @contextlib.contextmanager
@@ -171,13 +143,13 @@ def packaged_or(name: str) -> Iterator[Path]:
         yield checkpoint_folder(name)
 
 
-def load_checkpoint(name: str) -> tuple[JanusModule, PreTrainedTokenizerBase]:
-    """Returns the module in its own dtype, and the tokenizer; in transformers' layout or the authors' own.
+def load_checkpoint(name: str, *, dtype: torch.dtype | None = None) -> tuple[JanusModule, PreTrainedTokenizerBase]:
+    """Returns the module in its own dtype or another, and the tokenizer; of transformers' layout or the authors' own.
 
     No pickle is run and no remote code. Raises CheckpointError.
     """
     with packaged_or(name) as folder, quiet():
-        model = load_janus(folder)
+        model = load_janus(folder, dtype=dtype)
         _refuse_dropout(model, folder)
         return JanusModule(model.eval()), _tokenizer(folder, vocab=len(model.lm_head.weight))
 
@@ -192,6 +164,8 @@ def _refuse_dropout(model: JanusForConditionalGeneration, folder: Path) -> None:
 def _tokenizer(folder: Path, *, vocab: int) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise CheckpointError(f"{folder} holds no tokenizer: expected tokenizer.json beside the weights")
     # The published layout's config.json is of a type that transformers does not know.
     reader = PreTrainedTokenizerFast if is_published(folder) else AutoTokenizer
     try:
@@ -201,7 +175,7 @@ def _tokenizer(folder: Path, *, vocab: int) -> PreTrainedTokenizerBase:
     return prepare_tokenizer(found, vocab)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, module: JanusModule) -> SpecialTokens:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """Returns the ids of the tokens that the policy writes itself."""
     begin_image = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "boi_token", None) or "<begin_of_image>")
     found: dict[str, Any] = {
@@ -213,8 +187,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, module: JanusModule) -> S
     missing = [name for name, value in found.items() if value is None]
     if missing:
         raise CheckpointError(f"the tokenizer has no {', '.join(missing)} token: it is not a Janus tokenizer")
-    if module.model.config.text_config.pad_token_id is None:
-        module.model.config.text_config.pad_token_id = found["pad"]
     return SpecialTokens(**found)
 
 

@@ -205,6 +205,7 @@ class _Writing:
                 self._release()
                 if not len(self.which):
                     break
+        del self.cache, self.stepper  # what finished is put away: make room for where it goes
         num_rows = len(self.begin)
         lengths = self.lengths[:num_rows]
         used = int(lengths.max())

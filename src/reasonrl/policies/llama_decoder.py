@@ -60,7 +60,12 @@ class Decoder:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
-        found = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        recomputes = self.model.training  # for backward, in which mode transformers keeps no cache
+        self.model.eval()
+        try:
+            found = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        finally:
+            self.model.train(recomputes)
         return found.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers]
 
     def step(self, embedded: Tensor, caches: Sequence[Cascade], *, spans: Sequence[int]) -> Tensor:

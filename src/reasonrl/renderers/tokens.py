@@ -32,6 +32,8 @@ class _Decoder:
     def load(self, path: str) -> JanusVQVAE:
         if self.model is None or self.path != path:
             self.model, self.path = load_decoder(checkpoint_folder(path)), path
+            if torch.cuda.is_available():  # the process's own GPU, as for what is trained
+                self.model.to("cuda")
         return self.model
 
 
