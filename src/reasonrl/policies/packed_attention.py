@@ -13,6 +13,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -21,6 +22,27 @@ NAME = "reasonrl_packed"
 Range = tuple[int, int]
 FAST = (torch.bfloat16, torch.float16)
 """What flash attention computes in."""
+
+
+ALIKE = 1.25
+"""Runs whose lengths differ by less than this factor are one batch; below SMALL tokens any are."""
+SMALL = 32
+MOST_PAIRS = 2**22
+"""Pairs of a query and a key that one batch holds, if it holds more than one run."""
+
+
+@frozen(eq=False)
+class Block:
+    """B runs of about one length as a padded batch: its padding is of attention alone."""
+
+    queries: Tensor
+    """(B, Q) places on the line."""
+    keys: Tensor
+    """(B, K)."""
+    seen: Tensor
+    """(B, 1, Q, K) bool."""
+    real: Tensor
+    """(n,) places of the queries that are none of the padding, of B · Q."""
 
 
 @frozen(eq=False)
@@ -43,13 +65,38 @@ class Runs:
         ]
 
     @cached_property
-    def masks(self) -> dict[tuple[int, int], Tensor]:
-        """(queries, keys) bool of each pair of lengths that differ: True = seen."""
-        pairs = {pair for pair in zip(*self.lengths, strict=True) if pair[0] != pair[1]}
-        return {
-            (own, every): torch.ones(own, every, dtype=torch.bool, device=self.device).tril(every - own)
-            for own, every in pairs
-        }
+    def blocks(self) -> list[Block]:
+        """The runs in batches, the shortest first."""
+        own, every = self.lengths
+        groups: list[list[int]] = []
+        for run in sorted(range(len(own)), key=own.__getitem__):
+            group = groups[-1] if groups else []
+            most = max((every[r] for r in group), default=0)
+            pairs = (len(group) + 1) * own[run] * max(most, every[run])
+            if group and own[run] <= max(SMALL, ALIKE * own[group[0]]) and pairs <= MOST_PAIRS:
+                group.append(run)
+            else:
+                groups.append([run])
+        return [self._block(group) for group in groups]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(L,) places of the line's queries among the real ones of all blocks."""
+        return torch.cat([block.queries.flatten()[block.real] for block in self.blocks]).argsort()
+
+    def _block(self, group: list[int]) -> Block:
+        own, every = (torch.tensor([sizes[run] for run in group])[:, None] for sizes in self.lengths)
+        places = self.key_places.cpu()
+        cuts = self.key_cuts.tolist()
+        keys = pad_sequence([places[cuts[run] : cuts[run + 1]] for run in group], batch_first=True)
+        starts = torch.tensor([self.cuts[run] for run in group])[:, None]
+        query, key = torch.arange(int(own.max())), torch.arange(keys.shape[1])
+        real = query < own
+        # What came before stands first among a run's keys. A query of the padding sees one of them, and is dropped.
+        seen = key <= torch.where(real, every - own + query, 0)[..., None]
+        queries = torch.where(real, starts + query, starts)
+        found = (queries, keys, seen[:, None], real.flatten().nonzero().squeeze(1))
+        return Block(*(part.to(self.device) for part in found))
 
     @cached_property
     def key_places(self) -> Tensor:
@@ -102,7 +149,7 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     if query.is_cuda and query.dtype in FAST:
         return _flash(query, key, value, runs, scaling)[None], None
-    return _one_by_one(query, key, value, runs, scaling).transpose(1, 2), None
+    return _padded(query, key, value, runs, scaling)[None], None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None) -> Tensor:
@@ -126,26 +173,17 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float |
     return found
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None) -> Tensor:
+def _padded(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None) -> Tensor:
+    """A call for each block of runs; (L, heads, D)."""
+    query, key, value = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     found = []
-    grouped = query.shape[1] != key.shape[1]
-    ends = pairwise(runs.cuts)
-    for own, before in zip(ends, runs.before, strict=True):
-        mine = slice(*own)
-        keys, values = (
-            torch.cat([part[:, :, slice(*r)] for r in (*before, own)], 2) if before else part[:, :, mine]
-            for part in (key, value)
+    for block in runs.blocks:
+        asked, keys, values = (
+            part[places].transpose(1, 2)
+            for part, places in ((query, block.queries), (key, block.keys), (value, block.keys))
         )
-        pair = (own[1] - own[0], keys.shape[2])
-        found.append(
-            F.scaled_dot_product_attention(
-                query[:, :, mine],
-                keys,
-                values,
-                attn_mask=runs.masks[pair] if before else None,
-                is_causal=not before,
-                scale=scale,
-                enable_gqa=grouped,
-            )
+        answer = F.scaled_dot_product_attention(
+            asked, keys, values, attn_mask=block.seen, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
-    return torch.cat(found, 2)
+        found.append(answer.transpose(1, 2).flatten(0, 1)[block.real])
+    return torch.cat(found)[runs.order]
