@@ -23,8 +23,9 @@ from reasonrl.session import run
 
 ROOT = Path(__file__).parents[1]
 LEARNED = [
-    *("plain", "updates", "idle", "shy", "lora"),
-    *("plain/sharded", "updates/sharded", "idle/sharded", "shy/sharded", "lora/sharded", "recomputed/sharded"),
+    *("plain", "updates", "idle", "shy", "lora", "heads"),
+    *("plain/sharded", "updates/sharded", "idle/sharded", "shy/sharded", "lora/sharded", "heads/sharded"),
+    "recomputed/sharded",
 ]
 OTHERS = ["collectives", "forked", "mixed", "blind", "failed", "stopped", "resumed"]
 LOSS, WEIGHT = 5e-6, 1e-6
@@ -33,7 +34,8 @@ LOSS, WEIGHT = 5e-6, 1e-6
 
 def environment(**more: str) -> dict[str, str]:
     without = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**without, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    here = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**without, **here, **more}
 
 
 def free_port() -> str:
@@ -325,3 +327,60 @@ def test_the_command_line_under_accelerate_launch(found: Found, tmp_path: Path) 
     assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == "2"
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+# ---- environments that no launcher made ----
+
+
+@pytest.mark.parametrize("size", ["WORLD_SIZE", "PMI_SIZE"])
+def test_a_job_system_that_sets_a_size_of_1_is_one_process(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", "from reasonrl.distributed import launched; print(type(launched()).__name__)"],
+        env=environment(**{size: "1", "RANK": "0"}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == "Solo"
+
+
+def test_a_size_without_a_meeting_place_is_refused_in_one_line() -> None:
+    code = (
+        "from reasonrl.distributed import launched\n"
+        "try: launched()\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.startswith("ConfigError the environment says {'WORLD_SIZE': '1'")
+    assert len(said.stdout.splitlines()) == 1
+
+
+def test_an_objective_of_whole_groups_is_refused_where_groups_may_be_torn() -> None:
+    import reasonrl as rl
+    from reasonrl.loop import Learner
+    from reasonrl.objectives import GRPO
+    from reasonrl.policies import GoTR1
+
+    @frozen
+    class Coupled(rl.Objective):
+        whole_groups = True
+
+        def advantages(self, rewards: Any) -> Any:
+            return GRPO().advantages(rewards)
+
+        def loss(self, stage: Any, replay: Any, frozen: Any) -> Any:
+            raise NotImplementedError
+
+    @frozen
+    class Two(Solo):
+        size: int = 2
+
+    torn = rl.Recipe(policy=GoTR1(), objective=Coupled(), group_by=lambda prompt_id, member: 0)
+    with pytest.raises(ConfigError, match="Coupled needs whole groups, and group_by may join prompts"):
+        Learner.of(torn, Two())

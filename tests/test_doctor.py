@@ -76,3 +76,15 @@ def test_replay_of_another_distribution_is_found(guidance, monkeypatch):
     monkeypatch.setattr(GoTR1, "replay", forgets)
     gap = about(examine(sick), "stage image: replayed")
     assert not gap.ok
+
+
+def test_log_probs_that_are_no_numbers_are_found_in_16_bits_too(monkeypatch):
+    replay = GoTR1.replay
+
+    def broken(self, batch, needs):
+        found = replay(self, batch, needs)
+        return {name: rl.Replay(one.log_probs * float("nan")) for name, one in found.items()}
+
+    monkeypatch.setattr(GoTR1, "replay", broken)
+    for dtype in ("float32", "bfloat16"):
+        assert not about(findings(dtype=dtype), "stage image: replayed").ok

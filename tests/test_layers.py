@@ -14,13 +14,13 @@ ORDER = """
 errors
 types plan relations
 interfaces
-kernels noise batch
+kernels noise batch sharding
 registry fields
 hooks config data formats
 scenes
 policies renderers judges objectives
 recipe
-distributed sharding
+distributed
 credit weights rollout
 checkpoint curves report journal progress folder
 loop eval

@@ -58,6 +58,8 @@ def _stage(name: str, rows: Sequence[Row], device: torch.device | None) -> Stage
                 out[i, : len(segment.actions)] = pick(row, segment)
         return out.to(device)
 
+    # What draws record and demonstrations cannot have is left out where both meet.
+    shared = [key for key in first.context if all(s is None or key in s.context for s in segments)]
     likelihoods = all(s is None or s.log_probs is not None for s in segments)
     return Stage(
         name=name,
@@ -70,9 +72,16 @@ def _stage(name: str, rows: Sequence[Row], device: torch.device | None) -> Stage
         advantages=torch.tensor([row.advantages.get(name, 0.0) for row in rows], device=device),
         groups=torch.tensor([row.groups.get(name, -1) for row in rows], device=device),
         log_probs=padded(lambda _, s: s.log_probs) if likelihoods else None,  # type: ignore[arg-type, return-value]
-        context={key: [None if s is None else s.context[key].to(device) for s in segments] for key in first.context},
-        behaviour=None if first.behaviour is None else padded(lambda _, s: s.behaviour),  # type: ignore[arg-type, return-value]
+        context={key: [None if s is None else s.context[key].to(device) for s in segments] for key in shared},
+        behaviour=padded(_behaviour) if likelihoods and any(s and s.behaviour is not None for s in segments) else None,
     )
+
+
+def _behaviour(row: Row, segment: Segment) -> Tensor:
+    """Returns log-probs of what drew a segment: where nothing else is recorded, those that are replayed."""
+    found = segment.log_probs if segment.behaviour is None else segment.behaviour
+    assert found is not None
+    return found
 
 
 def trained_mask(rows: Sequence[Row], claim: Claim) -> Tensor:

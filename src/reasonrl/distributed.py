@@ -235,8 +235,18 @@ def launched(device: torch.device | None = None) -> World:
         return Solo(device)
     from accelerate import PartialState
 
+    try:
+        state = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=PATIENCE)
+    except ValueError as error:
+        found = {name: os.environ[name] for name in (*SIZES, "RANK", "LOCAL_RANK") if name in os.environ}
+        raise ConfigError(
+            f"the environment says {found}, and no launcher left where to meet ({error}): start with accelerate launch"
+            " or torchrun, or unset them"
+        ) from error
+    if not dist.is_initialized():  # job systems set a size of 1 where nobody launched anything
+        return Solo(device)
     atexit.register(_end_gloo)
-    return Ranks(PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=PATIENCE))
+    return Ranks(state)
 
 
 def _end_gloo() -> None:

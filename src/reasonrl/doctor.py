@@ -100,7 +100,7 @@ def _gap(stage: Stage, replay: Replay, *, rounded: bool) -> list[Finding]:
     if not len(gap):
         return [Finding(False, f"stage {stage.name}: replayed no action, all {int(stage.present.sum())} were forced")]
     off = gap.exp().sub(1).abs()
-    leaves = float((off > LEAVES).float().mean())
+    leaves = float((~(off <= LEAVES)).float().mean())  # nan leaves too
     text = (
         f"stage {stage.name}: replayed log-probs differ from sampled ones by at most {float(gap.abs().max()):.1e} nats"
         f" (mean {float(gap.abs().mean()):.1e}) over {len(gap)} actions"

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from reasonrl.batch import Claim, join_replays, join_stages, minibatches, passes, trained_mask
 from reasonrl.credit import credit
 from reasonrl.distributed import World, launched, sum_metrics
+from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Objective, Trainable
-from reasonrl.recipe import Recipe
+from reasonrl.recipe import Recipe, by_prompt
 from reasonrl.rollout import Experience
 from reasonrl.types import Batch, Replay
 from reasonrl.weights import Weights
@@ -30,6 +31,7 @@ class Learner:
     def of(cls, recipe: Recipe, world: World | None = None) -> Learner:
         """Returns a learner at the recipe's starting weights; a trainable without a trained stage is left alone."""
         world = world or launched()
+        _refuse_torn_groups(recipe, world)
         for trainable in recipe.trainables:
             world.place(trainable.module, sharded=recipe.sharded)
         mine = [t for t in recipe.trainables if set(recipe.trained) & set(t.stages)]
@@ -133,6 +135,15 @@ def pass_loss(
         loss = loss + part.total / counts[claim]
         metrics |= {f"{'+'.join(claim)}/{k}": v / counts[claim] for k, v in part.metrics.items()}
     return loss, metrics
+
+
+def _refuse_torn_groups(recipe: Recipe, world: World) -> None:
+    coupled = [type(o).__name__ for o in recipe.claims.values() if o.whole_groups]
+    if world.size > 1 and coupled and recipe.group_by is not by_prompt:
+        raise ConfigError(
+            f"{coupled[0]} needs whole groups, and group_by may join prompts of different processes: use one process,"
+            " or group by prompt"
+        )
 
 
 def _shadows(recipe: Recipe, trainable: Trainable) -> dict[str, Callable[[int], float]]:

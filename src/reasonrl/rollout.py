@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
+import torch
 from attrs import evolve, frozen
 
 from reasonrl import registry
@@ -66,6 +67,7 @@ def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0, world
         for step in range(start, recipe.steps):
             draw = Draw(recipe.seed, step)
             every = prompts_of_step(prompts, step, number=recipe.prompts_per_step, seed=recipe.seed)
+            _refuse_repeats(every)
             mine = part_of(every, world)
             with _sampling_weights(recipe, weights), world.whole(recipe.trainables), world.agreed():
                 trajectories = draw_trajectories(
@@ -115,9 +117,7 @@ def draw_trajectories(
     """Returns sampled and rendered trajectories; ContractError where ids repeat or addresses collide."""
     if not prompts:
         return []
-    repeated = sorted(i for i, n in Counter(p.id for p in prompts).items() if n > 1)
-    if repeated:
-        raise ContractError(f"prompt ids must differ within a step, {repeated[:3]} repeat: noise would be shared")
+    _refuse_repeats(prompts)
     trajectories = policy.sample(prompts, group_size=group_size, draw=draw)
     if len(trajectories) != len(prompts) * group_size:
         raise ContractError(
@@ -125,6 +125,12 @@ def draw_trajectories(
             f" {group_size}: sample() must draw whole groups"
         )
     return trajectories if renderer is None else renderer.render(trajectories, draw=draw)
+
+
+def _refuse_repeats(prompts: Sequence[Prompt]) -> None:
+    repeated = sorted(i for i, n in Counter(p.id for p in prompts).items() if n > 1)
+    if repeated:
+        raise ContractError(f"prompt ids must differ within a step, {repeated[:3]} repeat: noise would be shared")
 
 
 @frozen
@@ -139,9 +145,12 @@ class Guarded:
         if not trajectories:
             return []
         outcome: list[list[Verdict] | Exception | SystemExit] = []
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def work() -> None:
             try:
+                if device is not None:
+                    torch.cuda.set_device(device)  # a thread begins on the first GPU, whatever its process uses
                 outcome.append(checked(self.part, trajectories))
             except (Exception, SystemExit) as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
                 outcome.append(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import time
@@ -69,8 +68,10 @@ def run(
     with world.agreed():
         said = recipe.policy.foretell(prompts, group_size=recipe.group_size) if prompts else []
     if resume:
+        found = checkpoint.saved(directory / "checkpoints") if world.rank == 0 else []
+        found = world.gather(found)  # the first's word: on another machine a folder's list may be older
         with world.agreed():
-            session.restore()
+            session.restore(found)
     if experience is None:
         return session.run(rollouts(recipe, prompts, start=session.finished, world=world), said)
     return session.run(experience(session.finished), said)
@@ -102,8 +103,7 @@ class _Session:
         """Whether this process writes what the run writes, and calls its observers."""
         return self.world.rank == 0
 
-    def restore(self) -> None:
-        found = checkpoint.saved(self.directory / "checkpoints")
+    def restore(self, found: Sequence[Path]) -> None:
         if not found:
             raise CheckpointError(f"{self.directory}/checkpoints holds no checkpoint: start again without --resume")
         self.finished = checkpoint.restore(found[-1], weights=self.learner.weights, optimizer=self.learner.optimizer)
@@ -129,7 +129,8 @@ class _Session:
 
     def run(self, experience: Experience, said: Sequence[str]) -> Path:
         """Evaluates, trains, evaluates, reports; whatever stops it, finished steps are saved."""
-        self._tell("run_start", recipe=self.recipe, directory=self.directory)
+        with self.world.agreed():
+            self._tell("run_start", recipe=self.recipe, directory=self.directory)
         for line in said:
             self.progress.say(line)
         for trainable, weights in self.learner.weights.items():
@@ -184,9 +185,10 @@ class _Session:
             with self.world.whole(self.recipe.trainables), self.world.agreed():
                 got = list(self.progress.watch(found, f"evaluating {split}", total=len(mine)))
             answers += self.world.gather([evolve(a, trajectory=_light(a.trajectory)) for a in got])
-        if self.writes:
-            self.journal.rewind_evaluation(step)
-            self.journal.evaluation(step, ((a.record(), a.trajectory) for a in answers))
+        with self.world.agreed():
+            if self.writes:
+                self.journal.rewind_evaluation(step)
+                self.journal.evaluation(step, ((a.record(), a.trajectory) for a in answers))
 
     def save(self) -> None:
         """Writes a checkpoint of the finished steps, unless it is there."""
@@ -198,7 +200,7 @@ class _Session:
                 self.finished,
                 weights=self.learner.weights,
                 optimizer=self.learner.optimizer,
-                recipe=json.loads((self.directory / "recipe.json").read_text()),
+                recipe=to_record(self.recipe, roots=ROOTS),
                 keep=self.recipe.keep,
                 world=self.world,
             )
@@ -210,7 +212,8 @@ class _Session:
         verdicts: Sequence[Verdict],
         rows: Sequence[Row],
     ) -> None:
-        self._tell("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
+        with self.world.agreed():
+            self._tell("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
         seen = self.world.gather([Seen.of(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)])
         self._line = dict(summary(seen, self.recipe.stages, self.recipe.trained))
         self._line["num_tokens"] = sum(sum(one.lengths.values()) for one in seen)
@@ -223,8 +226,9 @@ class _Session:
         before = sum(self.world.gather([len(firsts)])[: self.world.rank])
         mine = firsts[: max(0, NUM_SHOWN - before)]
         shown = self.world.gather([(_light(trajectories[i]), verdicts[i]) for i in mine])
-        if self.writes:
-            self.journal.samples(step, [t for t, _ in shown], [v for _, v in shown], self.recipe.trained[-1])
+        with self.world.agreed():
+            if self.writes:
+                self.journal.samples(step, [t for t, _ in shown], [v for _, v in shown], self.recipe.trained[-1])
 
     def _backward_end(self, step: int) -> None:
         self._torn = True
@@ -239,11 +243,13 @@ class _Session:
         num_tokens = self._line.pop("num_tokens")
         line = {"step": step, "seconds": seconds, "tokens_per_s": num_tokens / seconds}
         line |= {"learning_rate": self.recipe.rate(step), **self._line}
-        if self.writes:
-            self.journal.metrics(line)
+        with self.world.agreed():
+            if self.writes:
+                self.journal.metrics(line)
         self.finished, self._torn = step + 1, False
         self.progress.advance(line)
-        self._tell("step_end", step=step, metrics=line)
+        with self.world.agreed():
+            self._tell("step_end", step=step, metrics=line)
         self.stop = bool(self.world.max(int(self.stop)))  # whichever rank heard Ctrl-C, all stop here
         if self.stop or self.finished % self.recipe.save_every == 0:
             self.save()
@@ -252,14 +258,18 @@ class _Session:
             raise Interrupted(f"stopped after step {step}, saved. Go on with: {again}")
 
     def _save_after(self, error: Exception) -> None:
-        if self._torn or isinstance(error, CheckpointError):
+        refused = self.world.gather([isinstance(error.__cause__, CheckpointError)]) if self._agreed(error) else []
+        if self._torn or isinstance(error, CheckpointError) or any(refused):
             return  # half a step, or the disk has refused already
-        if self.world.size > 1 and not isinstance(error, RankError):
+        if self.world.size > 1 and not self._agreed(error):
             return  # the others are elsewhere and would not come to save; the launcher ends them
         try:
             self.save()
         except (CheckpointError, RankError) as second:
             error.add_note(str(second))
+
+    def _agreed(self, error: Exception) -> bool:
+        return self.world.size > 1 and isinstance(error, RankError)
 
     def _tell(self, hook: str, **facts: Any) -> None:
         if self.writes:

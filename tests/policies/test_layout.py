@@ -150,6 +150,22 @@ def test_adapters_and_recomputed_layers():
     assert_twins(policy, batch_of(trajectories))
 
 
+def test_prompts_and_plans_that_are_equal_only_one_behind_the_other_stay_apart():
+    policy, (whole, *_) = drawn(max_tokens=8)
+    plan = whole.segments["reasoning"]
+    prompt = plan.context["prompt_ids"]
+    moved = evolve(
+        plan,
+        actions=torch.cat([prompt[-2:], plan.actions]),
+        mask=torch.cat([torch.ones(2, dtype=torch.bool), plan.mask]),
+        log_probs=None,
+        context={"prompt_ids": prompt[:-2]},
+    )
+    other = evolve(whole, prompt=Prompt("z", "other"), segments={"reasoning": moved, "image": whole.segments["image"]})
+    for rows in ([whole, other], [other, whole]):
+        assert_twins(policy, batch_of(rows))
+
+
 # ---- what packing saves ----
 
 

@@ -99,3 +99,15 @@ def test_grpo_weighs_what_guidance_made_likelier_down():
     loss = GRPO().loss(batch.stages["image"], found["image"], {})
     assert 0 < loss.metrics["importance"] < batch.stages["image"].mask.sum()  # guided draws are likelier when guided
     assert loss.metrics["truncated_frac"] >= 0
+
+
+def test_rows_that_were_drawn_from_what_is_trained_keep_a_weight_of_1_beside_others():
+    policy = GoTR1("nano", guidance=5.0, log_probs="conditional", max_tokens=40)
+    apart = policy.sample(PROMPTS[:1], group_size=1, draw=Draw(0, 0))
+    same = evolve(policy, guidance=1.0).sample(PROMPTS[1:2], group_size=1, draw=Draw(0, 0))
+    for rows in (apart + same, same + apart):
+        batch, _ = replayed(policy, rows)
+        image = batch.stages["image"]
+        for row, trajectory in enumerate(rows):
+            alone = trajectory.segments["image"].behaviour is None
+            assert torch.equal(image.behaviour[row], image.log_probs[row]) == alone

@@ -9,12 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import reasonrl as rl
 from reasonrl import CheckpointError, ConfigError, ContractError, Draw, Prompt
+from reasonrl.batch import passes
+from reasonrl.judges import DualStage, ScenePromptImage
 from reasonrl.noise import uniform
+from reasonrl.objectives import GRPO
 from reasonrl.policies import GoTR1, janus_sampler, stepper
 from reasonrl.policies.cascade_cache import Cascade
 from reasonrl.policies.janus_sampler import Sampler
 from reasonrl.policies.llama_decoder import Decoder
+from reasonrl.renderers import Tokens
 
 PROMPTS = [
     Prompt("a", "a circle"),
@@ -223,6 +228,53 @@ def test_groups_that_are_no_whole_number_of_plans_are_refused(policy):
         evolve(policy, images_per_plan=3).sample(PROMPTS, group_size=4, draw=Draw(0, 0))
 
 
+def test_a_group_of_one_is_a_plan_with_an_image_as_in_evaluation(policy):
+    (one,) = evolve(policy, images_per_plan=3).sample(PROMPTS[:1], group_size=1, draw=Draw(0, 0))
+    (plain,) = policy.sample(PROMPTS[:1], group_size=1, draw=Draw(0, 0))
+    same([one], [plain])
+
+
+def test_a_run_with_several_images_a_plan_evaluates_and_trains_each_plan_once(tmp_path):
+    recipe = rl.Recipe(
+        policy=GoTR1("nano", guidance=2.0, max_tokens=40, images_per_plan=2),
+        renderer=Tokens(),
+        judge=DualStage("arxiv-v1"),
+        objective=GRPO(),
+        prompts=PROMPTS,
+        group_size=4,
+        prompts_per_step=2,
+        steps=1,
+        tests={"test": "scenes/test"},
+        test_judge=ScenePromptImage(),
+    )
+    rows = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("reasonrl.recipe.load_prompts", lambda source: PROMPTS)
+        patched.setattr("reasonrl.session.load_prompts", lambda source: PROMPTS)
+        patched.setattr("reasonrl.loop.passes", lambda update, *a, **k: rows.extend(update) or passes(update, *a, **k))
+        rl.run(recipe, tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "report.html").is_file()
+    trained = [row.trajectory.segments["reasoning"] for row in rows if "reasoning" in row.trained]
+    assert len(rows) == 8
+    assert len(trained) == len({id(segment) for segment in trained}) == 4
+
+
+def test_only_a_plan_that_ran_out_of_tokens_was_cut(policy):
+    (drawn,) = policy.sample(PROMPTS[:1], group_size=1, draw=Draw(0, 0))
+    segment = drawn.segments["reasoning"]
+    special = policy.special
+    last = {"drawn": [9, special.begin_image], "said": [special.end_text, special.begin_image]}
+    last["cut"] = [9, special.begin_image]
+    forced = {"drawn": [True, True], "said": [True, False], "cut": [True, False]}
+    ended = {
+        name: policy._ended(
+            evolve(segment, actions=torch.tensor(ids), mask=torch.tensor(forced[name]), log_probs=None, context={})
+        )
+        for name, ids in last.items()
+    }
+    assert ended == {"drawn": True, "said": True, "cut": False}
+
+
 def test_a_prefix_that_does_not_begin_a_text_is_refused(policy):
     with pytest.raises(ContractError, match="must begin with token"):
         sampler_of(policy).images([torch.tensor([9, 9, 9])], 1, uniform([1], 64))
@@ -251,6 +303,14 @@ def test_too_little_memory_for_one_group_is_one_line_with_the_way_out(monkeypatc
         plan_with(monkeypatch, 5 * 10**7)
     assert "\n" not in str(error.value)
     assert "50 MB are free on cpu" in str(error.value)
+
+
+def test_longer_prompts_have_a_plan_of_their_own(monkeypatch):
+    monkeypatch.setattr("reasonrl.policies.sampling_plan.free_bytes", lambda device: 10**9)
+    policy = GoTR1("nano", guidance=5.0)
+    short = policy.foretell(PROMPTS, group_size=16)
+    assert policy.foretell([Prompt("long", "a circle " * 200)], group_size=16) != short
+    assert policy.foretell(PROMPTS, group_size=16) == short
 
 
 def test_the_plan_is_made_once_so_that_a_run_draws_in_even_batches(monkeypatch):

@@ -12,6 +12,8 @@ from reasonrl.objectives import GRPO
 from reasonrl.policies import GoTR1
 from reasonrl.session import run
 
+HEADS = ("lm_head.", "model.generation_head.", "model.language_model.embed_tokens.")
+"""The last is tied to the first in the nano checkpoint."""
 PROMPT = Prompt("a", "a red circle left of a blue square")
 
 
@@ -45,7 +47,7 @@ def test_everything_that_draws_learns_by_default(nano_folder):
 @pytest.mark.parametrize(
     ("parts", "prefixes"),
     [
-        (("heads",), ("model.generation_head.", "lm_head.")),
+        (("heads",), HEADS),
         (("language_model",), ("model.language_model.layers.", "model.language_model.norm.")),
     ],
 )
@@ -53,6 +55,13 @@ def test_a_part_learns_alone(nano_folder, parts, prefixes):
     found = learning(GoTR1(str(nano_folder), trained=parts))
     assert found
     assert all(name.startswith(prefixes) for name in found)
+
+
+def test_a_weight_that_is_tied_learns_with_either_of_its_parts(nano_folder):
+    for part in ("heads", "embeddings"):
+        model = GoTR1(str(nano_folder), trained=(part,)).module.model
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert model.lm_head.weight.requires_grad
 
 
 def test_a_part_that_is_none_is_refused(nano_folder):
@@ -67,7 +76,7 @@ def test_adapters_learn_instead_of_their_layers_and_begin_as_nothing(nano_folder
     found = learning(adapted)
     assert any(".lora_A." in name for name in found)
     assert any(name.startswith("model.generation_head.") for name in found)
-    assert all(".lora_" in name or name.startswith(("lm_head.", "model.generation_head.")) for name in found)
+    assert all(".lora_" in name or name.startswith(HEADS) for name in found)
     assert torch.equal(logits(plain.module.model), logits(adapted.module.model))
     again = GoTR1(str(nano_folder), trained=("language_model", "heads"), lora_rank=4)
     for (name, one), (_, other) in zip(adapted.module.named_parameters(), again.module.named_parameters(), strict=True):

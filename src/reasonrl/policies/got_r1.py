@@ -132,11 +132,7 @@ class GoTR1(Policy, Teachable):
 
     def sample(self, prompts: Sequence[Prompt], *, group_size: int, draw: Draw) -> list[Trajectory]:
         """Draws whole groups: `group_size / images_per_plan` plans a prompt, the images of a plan side by side."""
-        if group_size % self.images_per_plan:
-            raise ConfigError(
-                f"group_size must be a multiple of images_per_plan={self.images_per_plan}, got {group_size}:"
-                " every plan of a group has as many images"
-            )
+        self._per_plan(group_size)
         self.check(prompts)
         size = self._groups_at_once(prompts, group_size)
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -144,6 +140,7 @@ class GoTR1(Policy, Teachable):
 
     def foretell(self, prompts: Sequence[Prompt], *, group_size: int) -> list[str]:
         """Says how many trajectories are drawn at once; ConfigError where memory does not hold one group."""
+        self._per_plan(group_size)
         return [] if self.sample_rows else [str(self._plan(prompts, group_size))]
 
     def replay(self, batch: Batch, needs: Mapping[str, frozenset[str]]) -> dict[str, Replay]:
@@ -177,21 +174,32 @@ class GoTR1(Policy, Teachable):
                 model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
+    def _per_plan(self, group_size: int) -> int:
+        """Returns the images of each plan; a group of one, as in evaluation, is a plan with an image."""
+        if group_size > 1 and group_size % self.images_per_plan:
+            raise ConfigError(
+                f"group_size must be a multiple of images_per_plan={self.images_per_plan}, got {group_size}:"
+                " every plan of a group has as many images"
+            )
+        return 1 if group_size == 1 else self.images_per_plan
+
     def _groups_at_once(self, prompts: Sequence[Prompt], group_size: int) -> int:
         rows = self.sample_rows
         return max(1, rows // group_size) if rows else self._plan(prompts, group_size).groups
 
     def _plan(self, prompts: Sequence[Prompt], group_size: int) -> SamplingPlan:
-        asked = (group_size, self.max_tokens, self.guidance != 1.0, self.images_per_plan)
+        longest = max((len(self._prompt_ids(p.text)) for p in prompts), default=1)
+        longest = 2 ** (longest - 1).bit_length()  # so that a few tokens more are no other plan
+        asked = (group_size, longest, self.max_tokens, self.guidance != 1.0, self._per_plan(group_size))
         module, plans = self.module, self._loader.plans
         if asked not in plans:
             plans[asked] = planned(
                 module,
                 group_size=group_size,
-                prompt_tokens=max((len(self._prompt_ids(p.text)) for p in prompts), default=1),
+                prompt_tokens=longest,
                 max_tokens=self.max_tokens,
                 guided=self.guidance != 1.0,
-                images_per_plan=self.images_per_plan,
+                images_per_plan=self._per_plan(group_size),
             )
         return plans[asked]
 
@@ -200,7 +208,8 @@ class GoTR1(Policy, Teachable):
         return Trained(self.trained, self.lora_rank, self.lora_alpha, self.gradient_checkpointing)
 
     def _sample(self, prompts: Sequence[Prompt], group_size: int, draw: Draw) -> list[Trajectory]:
-        num_plans, per_plan = group_size // self.images_per_plan, self.images_per_plan
+        per_plan = self._per_plan(group_size)
+        num_plans = group_size // per_plan
         plans = [(p, (g,)) for p in prompts for g in range(num_plans)]
         leaves = [(p, (*m, k) if per_plan > 1 else m) for p, m in plans for k in range(per_plan)]
         ids = [self._prompt_ids(p.text) for p in prompts]
@@ -253,8 +262,12 @@ class GoTR1(Policy, Teachable):
             member=member,
             segments={REASONING: plan, IMAGE: image},
             texts={REASONING: self._decode(plan.actions)},
-            stop=Stop.END if bool(plan.mask[-1]) else Stop.LENGTH,
+            stop=Stop.END if self._ended(plan) else Stop.LENGTH,
         )
+
+    def _ended(self, plan: Segment) -> bool:
+        """Whether begin-of-image was drawn, or forced behind an end of text: else the plan was cut."""
+        return bool(plan.mask[-1]) or self.special.end_text in plan.actions[-2:-1]
 
     def _decode(self, ids: Tensor) -> str:
         special = self.special

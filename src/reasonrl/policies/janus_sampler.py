@@ -257,7 +257,9 @@ class _Writing:
             return
         done = (~self.writing & (self.which < num_rows)).nonzero().squeeze(1)
         used = self.time.item()
-        self.parked.append((self.which[done], [(k[:, :, :used], v[:, :, :used]) for k, v in self.cache.take(done)]))
+        self.parked.append(
+            (self.which[done], [(k[:, :, :used].clone(), v[:, :, :used].clone()) for k, v in self.cache.take(done)])
+        )
         # A line with fewer rows than the widest repeats its first, and whatever that writes is nobody's.
         rectangle = [torch.cat([line, line[:1].expand(width - len(line))]) for line in lines]
         nobody = [torch.arange(width, device=left.device) >= len(line) for line in lines]

@@ -110,7 +110,7 @@ class _Rows:
     blank: list[bool]
     """The row's image sees the unconditional prefix instead of its own."""
     same: list[tuple[bytes, bytes]]
-    """Equal where rows have the same prompt, the same prompt and plan."""
+    """Prompt and plan: equal where rows have the same."""
 
     @classmethod
     def of(cls, reasoning: Stage, image: Stage | None, special: SpecialTokens) -> _Rows:
@@ -126,7 +126,7 @@ class _Rows:
         prompts = [torch.arange(int(end) - len(p), int(end)) for p, end in zip(given, ends, strict=True)]
         plans = [first + row * width + torch.arange(length) for row, length in enumerate(lengths)]
         same = [
-            (head := p.cpu().numpy().tobytes(), head + ids[row, :length].numpy().tobytes())
+            (p.cpu().numpy().tobytes(), ids[row, :length].numpy().tobytes())
             for row, (p, length) in enumerate(zip(given, lengths, strict=True))
         ]
         if image is None:
@@ -198,7 +198,7 @@ def _packed(rows: _Rows, *, guided: bool, apart: bool) -> _Found:
     main = _Building(rows)
     other = _Building(rows) if apart else main
     heads: dict[bytes, Range] = {}
-    tails: dict[bytes, Range] = {}
+    tails: dict[tuple[bytes, bytes], Range] = {}
     words, codes, blind_codes = [], [], []
     longest = max((rows.length(row) for row, n in enumerate(rows.num_codes) if n), default=1) - 1
     chains: dict[int, Range] = {}
@@ -211,10 +211,10 @@ def _packed(rows: _Rows, *, guided: bool, apart: bool) -> _Found:
         run = building.add(torch.cat([rows.begin_image, rows.images[row]]), seen, ((start, start + seen),))
         return torch.arange(*run)
 
-    for row, (head, tail) in enumerate(rows.same):
-        if head not in heads:
-            heads[head] = main.add(rows.prompts[row], 0)
-        prompt = heads[head]
+    for row, tail in enumerate(rows.same):
+        if tail[0] not in heads:
+            heads[tail[0]] = main.add(rows.prompts[row], 0)
+        prompt = heads[tail[0]]
         if tail not in tails:
             tails[tail] = main.add(rows.plans[row], len(rows.prompts[row]), (prompt,))
         plan = tails[tail]

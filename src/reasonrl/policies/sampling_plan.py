@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from attrs import frozen
 
 from reasonrl.errors import ConfigError
+from reasonrl.sharding import is_split, local
 
 if TYPE_CHECKING:
     from reasonrl.policies.janus import JanusModule
@@ -74,8 +76,9 @@ def row_bytes(module: JanusModule, *, prompt_tokens: int, max_tokens: int, guide
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_hidden_layers * heads * width * size
     images, plans = int(module.model.config.vision_config.num_image_tokens), images_per_plan
-    # Reasoning that has finished is put away, and then into a cache with room for its image.
-    writing = (2 * max_tokens + images) / plans
+    # Reasoning that has finished is put away, and then into a cache with room for its image. When rows leave, at most
+    # three quarters go on: their cache and what is copied into it stand beside the old one, and beside what left.
+    writing = max(2 * max_tokens + images, 2.75 * max_tokens) / plans
     # Rows that share a plan see a copy of it and of its prompt.
     behind = max_tokens if plans == 1 else (2 * max_tokens + images + prompt_tokens) / plans
     drawing = behind + images * (2 if guided else 1)
@@ -85,8 +88,12 @@ def row_bytes(module: JanusModule, *, prompt_tokens: int, max_tokens: int, guide
 
 
 def fixed_bytes(module: JanusModule) -> int:
-    """Returns the bytes that drawing takes once, and those that AdamW's two moments will take."""
-    learns = sum(2 * p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    """Returns the bytes that drawing takes once, and those that AdamW's two moments will take.
+
+    Of a split module this process holds a part, and while it draws the whole.
+    """
+    learns = sum(2 * local(p).nbytes for p in module.parameters() if p.requires_grad)
+    learns += sum(p.numel() * p.element_size() for p in module.parameters() if is_split(p))
     if next(module.parameters()).is_cuda:
         return learns
     language = sum(p.numel() * p.element_size() for p in module.model.model.language_model.layers.parameters())
@@ -101,7 +108,8 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    sharers = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return int(psutil.virtual_memory().available) // sharers
 
 
 def _size(num_bytes: float) -> str:

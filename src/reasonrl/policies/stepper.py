@@ -36,7 +36,12 @@ class Stepper:
             return
         if bound != self._bound or self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Judges have threads of their own, and other devices are none of ours.
+            stream = torch.cuda.Stream(self.device)
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self.step(bound)
             self._bound = bound
         self._graph.replay()

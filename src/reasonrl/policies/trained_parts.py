@@ -43,8 +43,10 @@ class Trained:
                 language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             language.train()  # transformers recomputes in this mode only; there is no dropout to switch on
         prefixes = tuple(prefix for part in self.parts for prefix in PARTS[part])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(prefixes))
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied weight is of both its parts
+            if name.startswith(prefixes):
+                parameter.requires_grad_(True)
         if self.rank:
             learns = {parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             inside = {p for n, p in model.named_parameters() if n.startswith(PARTS["language_model"])}
