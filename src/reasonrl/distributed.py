@@ -143,7 +143,7 @@ class Ranks:
             module.to(self.device)
         with torch.no_grad():
             for parameter in module.parameters():  # one at a time: a device may not hold a sharded module whole
-                value = parameter.to(self.device)
+                value = parameter.to(self.device).contiguous()  # NCCL takes no other
                 dist.broadcast(value, 0)
                 parameter.copy_(value)
         if sharded:
