@@ -20,15 +20,21 @@ from reasonrl.recipe import Recipe
 ROOTS = {"recipe": Recipe}
 
 
-def prepare(directory: Path, recipe: Recipe, *, resume: bool, command: str, world: World) -> None:
-    """Makes the folder of a new run, or finds an old one's; raises ConfigError and CheckpointError."""
-    if resume:
-        if not (directory / "recipe.json").is_file():
-            raise ConfigError(f"{directory} holds no run to resume: give the folder that `reasonrl train` printed")
-        return
+def check_folder(directory: Path, *, resume: bool) -> None:
+    """Raises ConfigError for a folder that a new run may not fill, or that holds no run to resume; writes nothing."""
+    if resume and not (directory / "recipe.json").is_file():
+        raise ConfigError(f"{directory} holds no run to resume: give the folder that `reasonrl train` printed")
     try:
-        if directory.exists() and any(directory.iterdir()):
-            raise ConfigError(f"{directory} is not empty: use --resume to go on with it, or --out for another folder")
+        taken = not resume and directory.exists() and any(directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
+    if taken:
+        raise ConfigError(f"{directory} is not empty: use --resume to go on with it, or --out for another folder")
+
+
+def begin(directory: Path, recipe: Recipe, *, command: str, world: World) -> None:
+    """Makes the folder of a new run and its records; raises CheckpointError."""
+    try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error

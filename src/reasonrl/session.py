@@ -19,7 +19,7 @@ from reasonrl.config import to_record
 from reasonrl.distributed import World, best_device, launched, part_of
 from reasonrl.errors import CheckpointError, ConfigError, RankError
 from reasonrl.eval import Answer, evaluate
-from reasonrl.folder import ROOTS, changes, prepare, read_json, write_json
+from reasonrl.folder import ROOTS, begin, changes, check_folder, read_json, write_json
 from reasonrl.interfaces import Trainable
 from reasonrl.journal import Journal, Seen, summary
 from reasonrl.loop import Learner, train
@@ -62,11 +62,13 @@ def run(
         prompts = recipe.read() if experience is None else ()
         tests = {split: _checked(recipe, source) for split, source in recipe.tests.items()}
         if world.rank == 0:
-            prepare(directory, recipe, resume=resume, command=command, world=world)
+            check_folder(directory, resume=resume)
     progress = Progress(recipe.steps, quiet=quiet or world.rank > 0)
     session = _Session(recipe, directory, Learner.of(recipe, world), progress, tests, world)
     with world.agreed():
         said = recipe.policy.foretell(prompts, group_size=recipe.group_size) if prompts else []
+        if world.rank == 0 and not resume:  # what is refused above leaves no folder behind
+            begin(directory, recipe, command=command, world=world)
     if resume:
         found = checkpoint.saved(directory / "checkpoints") if world.rank == 0 else []
         found = world.gather(found)  # the first's word: on another machine a folder's list may be older

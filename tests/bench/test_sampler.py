@@ -9,7 +9,7 @@ import torch
 from attrs import evolve
 
 from reasonrl import cli
-from reasonrl.bench import sampler
+from reasonrl.bench import commands, sampler
 from reasonrl.bench.measure import Ceilings, Stopwatch, apart, read_rate
 from reasonrl.bench.models import SIZES, SPECIAL, build, named_dtypes, named_size
 from reasonrl.bench.samplers import SAMPLERS, Task, first_tokens
@@ -162,6 +162,12 @@ def test_options_that_cannot_work_are_refused_in_a_line(options, said, capfd, mo
     assert said in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_cannot_be_written_is_still_shown(tmp_path, capfd):
+    with pytest.raises(ConfigError, match=r"cannot write .*: Is a directory; the tables above hold the result"):
+        commands.report({}, [], tmp_path, "the last line")
+    assert "the last line" in capfd.readouterr().out
 
 
 def test_the_command_prints_a_table_and_writes_json(in_this_process, capfd, monkeypatch, tmp_path):

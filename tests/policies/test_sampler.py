@@ -259,6 +259,15 @@ def test_a_run_with_several_images_a_plan_evaluates_and_trains_each_plan_once(tm
     assert len(trained) == len({id(segment) for segment in trained}) == 4
 
 
+def test_a_run_that_cannot_draw_leaves_no_folder_behind(tmp_path):
+    recipe = rl.Recipe(
+        policy=GoTR1("nano", images_per_plan=3), renderer=Tokens(), judge=DualStage(), objective=GRPO(), group_size=4
+    )
+    with pytest.raises(ConfigError, match="images_per_plan=3, got 4"):
+        rl.run(recipe, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_a_plan_that_ran_out_of_tokens_was_cut(policy):
     (drawn,) = policy.sample(PROMPTS[:1], group_size=1, draw=Draw(0, 0))
     segment = drawn.segments["reasoning"]

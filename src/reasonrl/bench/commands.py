@@ -141,12 +141,17 @@ def chosen(device: str | None) -> torch.device:
 
 
 def report(result: dict[str, Any], tables: Iterable[Table], path: Path, last: str) -> None:
-    """Writes the JSON and prints the tables, with a line under them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    """Prints the tables, with a line under them, and writes the JSON; raises ConfigError where it cannot."""
     for table in tables:
         Console(width=max(out.width, 150)).print(table, "")
     out.print(last, markup=False, soft_wrap=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}; the tables above hold the result"
+        ) from error
     out.print(f"wrote {path}", markup=False)
 
 
