@@ -13,6 +13,9 @@ from reasonrl.errors import ConfigError
 
 Backend = Literal["auto", "torch", "triton"]
 
+INSTALLED = importlib.util.find_spec("triton") is not None
+"""Asked once, here: torch.compile cannot trace the question."""
+
 
 def uses_triton(backend: Backend, tensor: Tensor) -> bool:
     """Returns whether Triton runs this; raises ConfigError for a backend that cannot."""
@@ -24,7 +27,7 @@ def uses_triton(backend: Backend, tensor: Tensor) -> bool:
         raise ConfigError(
             f"backend='triton' needs tensors on a CUDA device, got {tensor.device}: move them, or leave backend='auto'"
         )
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         raise ConfigError("Triton is not installed and the tensors are on CUDA: pip install triton, or backend='torch'")
     return True
 

@@ -158,6 +158,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float |
 
     query, key, value = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     own, every = runs.lengths
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     found: Tensor = varlen_attn(
         query.contiguous(),
         key[runs.key_places],
@@ -168,7 +169,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float |
         max(every),
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )  # type: ignore[assignment]  # a pair only where aux outputs are asked for
     return found
 
