@@ -22,10 +22,10 @@ policies renderers judges objectives
 recipe
 distributed
 credit weights rollout
-checkpoint curves report journal progress folder
+checkpoint curves spent report journal progress folder
 loop eval
 session
-doctor bench testing
+doctor bench testing audit
 cli
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
@@ -42,7 +42,7 @@ SHARED = {
         "stepper",
         "trained_parts",
     },
-    "judges": {"vlm", "grounding", "layout"},
+    "judges": {"cached", "detectors", "geometry", "grounding", "layout", "local", "prompt_reading", "server", "together", "vlm"},
 }
 """Files that the others in their folder may import."""
 COMPOSED = {"judges.dual_stage"}

@@ -186,7 +186,7 @@ def test_a_judge_that_hangs_leaves_all_unscored_in_time_and_says_why(hanging: Ju
     assert len(verdicts) == 4
     for verdict in verdicts:
         assert [verdict.total(stage) for stage in STAGES] == [None, None]
-        assert [score.note for score in verdict.scores.values()] == ["timed out after 0.2 s"]
+        assert [score.note for score in verdict.scores.values()] == ["timed out: no verdict in 0.2 s"]
 
 
 def test_a_run_blinded_by_a_judge_that_hangs_stops_and_says_so(tiny: Tiny, hanging: Judge) -> None:
@@ -194,7 +194,7 @@ def test_a_run_blinded_by_a_judge_that_hangs_stops_and_says_so(tiny: Tiny, hangi
         first_step(tiny(hanging, judge_timeout_s=HANG_S))
     said = str(caught.value)
     assert "\n" not in said
-    for part in ("step 0", "100%", "max_unscored=0.5", "timed out after 0.2 s (4x)"):
+    for part in ("step 0", "100%", "max_unscored=0.5", "timed out: no verdict in 0.2 s (4x)"):
         assert part in said
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from attrs import frozen
 
 from reasonrl.batch import Row
 from reasonrl.errors import CheckpointError
-from reasonrl.types import Stop, Trajectory, Verdict
+from reasonrl.types import Score, Stop, Trajectory, Verdict
+
+MOST_REASONS = 12
+"""Reasons of silence that a step's metrics name; what is rarer counts as "other"."""
+LONGEST_REASON = 40
 
 
 @frozen
@@ -114,7 +119,7 @@ class Seen:
 
 
 def summary(seen: Sequence[Seen], stages: Sequence[str], trained: Sequence[str]) -> dict[str, float | None]:
-    """Returns the rollout's metrics: rewards by trained stage, scores, unscored, lengths, silent groups."""
+    """Returns the rollout's metrics: rewards, scores, unscored and why, costs, lengths, silent groups."""
     verdicts = [s.verdict for s in seen]
     totals = {stage: [v.total(stage) for v in verdicts] for stage in trained}
     out: dict[str, float | None] = {"reward": _mean(totals[trained[-1]])}
@@ -123,10 +128,38 @@ def summary(seen: Sequence[Seen], stages: Sequence[str], trained: Sequence[str])
     names = dict.fromkeys(name for v in verdicts for name in v.scores)
     out |= {f"score/{n}": _mean([v.scores[n].value for v in verdicts if n in v.scores]) for n in names}
     out["unscored"] = _mean([float(any(totals[s][i] is None for s in trained)) for i in range(len(verdicts))])
+    out |= {f"unscored/{why}": times / len(verdicts) for why, times in reasons(verdicts).items()}
+    out |= {f"cost/{name}/{what}": amount for (name, what), amount in costs(verdicts).items()}
     out["cut"] = _mean([float(s.stop is Stop.LENGTH) for s in seen])
     for stage in stages:
         out[f"{stage}/tokens"] = _mean([float(s.lengths[stage]) for s in seen if stage in s.lengths])
         out[f"{stage}/flat_groups"] = _flat(seen, stage)
+    return out
+
+
+def reason(score: Score) -> str:
+    """Returns why a score is None: its note up to the first colon."""
+    said = " ".join(score.note.partition(":")[0].split())
+    return said[:LONGEST_REASON] or "no reason given"
+
+
+def reasons(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """Returns how many trajectories had a score that is None, by reason, the most frequent first."""
+    silent = Counter(
+        why for v in verdicts for why in {reason(score) for score in v.scores.values() if score.value is None}
+    )
+    named = dict(silent.most_common(MOST_REASONS))
+    other = sum(silent.values()) - sum(named.values())
+    return {**named, "other": named.get("other", 0) + other} if other else named
+
+
+def costs(verdicts: Sequence[Verdict]) -> dict[tuple[str, str], float]:
+    """Returns what was spent in all, by the name of the score and what it is: calls, tokens, seconds, hits."""
+    out: dict[tuple[str, str], float] = {}
+    for verdict in verdicts:
+        for name, score in verdict.scores.items():
+            for what, amount in score.cost.items():
+                out[name, what] = out.get((name, what), 0.0) + amount
     return out
 
 

@@ -72,6 +72,15 @@ class Recipe:
     """Largest fraction of a step's trajectories that may stay unscored before the run stops."""
     judge_timeout_s: float = field(default=600.0, validator=validators.gt(0))
     """After this long a judge's whole answer counts as unscored."""
+    min_agreement: float | None = field(
+        default=None, validator=validators.optional(validators.and_(validators.ge(-1), validators.le(1)))
+    )
+    """Kendall's tau within prompts that `reasonrl judge audit` asks of the judge, or it refuses; None = none."""
+    overlap: int = field(default=1, validator=validators.ge(1))
+    """Parts in which a step's prompts are drawn, each judged while the next is drawn; 1 = all drawn, then judged.
+
+    For judges that wait: a server, another GPU. The weights are the same for every part: the step stays on-policy.
+    """
     group_by: Callable[[str, Member], object] = by_prompt
     sample_with: Mapping[str, str] = Factory(dict)
     """Named weights to sample a stage's trainable with, e.g. {"image": "old"}."""

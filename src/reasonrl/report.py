@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from reasonrl.curves import curve, whiskers
 from reasonrl.errors import CheckpointError, DataError
 from reasonrl.plan import Plan
+from reasonrl.spent import section
 
 NUM_PAIRS = 24
 NUM_SAMPLES = 16
@@ -149,6 +150,7 @@ def page(run: Run) -> str:
         _headline(run),
         _table(run),
         _curves(run),
+        section(run.metrics),
         _pairs(run),
         _samples(run),
         _notes(run),
@@ -204,12 +206,16 @@ def _cell(row: Accuracy | None) -> str:
 
 
 def _curves(run: Run) -> str:
-    names = [k for k in dict.fromkeys(k for line in run.metrics for k in line) if k != "step"]
+    names = [k for k in dict.fromkeys(k for line in run.metrics for k in line) if k != "step" and not _is_cost(k)]
     first = [k for k in names if k.startswith(("reward", "score/"))]
     order = first + [k for k in names if k not in first]
     steps = [float(line["step"]) for line in run.metrics]
     panels = [curve(name, steps, [_float(line.get(name)) for line in run.metrics]) for name in order]
     return f"<h2>Curves</h2><div class=grid>{''.join(panels)}</div>" if run.metrics else ""
+
+
+def _is_cost(name: str) -> bool:
+    return name.startswith("cost/")  # a table, not a panel each
 
 
 def _pairs(run: Run) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
+import queue
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
-from attrs import evolve, frozen
+from attrs import define, evolve, field, frozen
 
 from reasonrl import registry
 from reasonrl.distributed import World, launched, part_of
@@ -26,6 +29,19 @@ from reasonrl.weights import Weights
 
 Judged = tuple[int, Sequence[Trajectory], Sequence[Verdict]]
 Experience = Callable[[Mapping[Trainable, Weights]], Iterator[Judged]]
+
+
+@define
+class JudgeTime:
+    """Seconds of the last step's judging: of the judge's work, and of waiting for it with nothing else to do."""
+
+    busy_s: float = 0.0
+    waited_s: float = 0.0
+
+    @property
+    def hidden_frac(self) -> float | None:
+        """The fraction that sampling hid, in [0, 1]; None where nothing was judged."""
+        return None if self.busy_s <= 0 else min(1.0, max(0.0, 1 - self.waited_s / self.busy_s))
 
 
 def prompts_of_step(prompts: Sequence[Prompt], step: int, *, number: int, seed: int) -> list[Prompt]:
@@ -53,15 +69,24 @@ def _order(size: int, number: int, seed: int, epoch: int) -> tuple[int, ...]:
     return (*first, *(i for i in order if i not in set(first)))
 
 
-def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0, world: World | None = None) -> Experience:
+def rollouts(
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    *,
+    start: int = 0,
+    world: World | None = None,
+    clock: JudgeTime | None = None,
+) -> Experience:
     """Returns the experience of a run: sample, render, judge, from step `start` to the recipe's last.
 
-    With several processes each draws and judges its part of a step's prompts, which may be none.
+    With several processes each draws and judges its part of a step's prompts, which may be none. `clock` is told how
+    long judging took in each step, and how much of it was waited for.
     """
     if recipe.judge is None:
         raise ContractError("rollouts need recipe.judge, got None: give a judge, or train on demonstrations")
     judge = Guarded(recipe.judge, recipe.judge_timeout_s)
     world = world or launched()
+    clock = clock or JudgeTime()
 
     def experience(weights: Mapping[Trainable, Weights]) -> Iterator[Judged]:
         for step in range(start, recipe.steps):
@@ -69,18 +94,31 @@ def rollouts(recipe: Recipe, prompts: Sequence[Prompt], *, start: int = 0, world
             every = prompts_of_step(prompts, step, number=recipe.prompts_per_step, seed=recipe.seed)
             _refuse_repeats(every)
             mine = part_of(every, world)
-            with _sampling_weights(recipe, weights), world.whole(recipe.trainables), world.agreed():
-                trajectories = draw_trajectories(
-                    recipe.policy, recipe.renderer, mine, group_size=recipe.group_size, draw=draw
-                )
-            with world.agreed():
-                verdicts = judge.judge([t.shown() for t in trajectories])
+            trajectories: list[Trajectory] = []
+            with Judging(judge) as judging:
+                with _sampling_weights(recipe, weights), world.whole(recipe.trainables), world.agreed():
+                    for part in parts_of(mine, recipe.overlap):
+                        drawn = draw_trajectories(
+                            recipe.policy, recipe.renderer, part, group_size=recipe.group_size, draw=draw
+                        )
+                        trajectories += drawn
+                        judging.add([t.shown() for t in drawn])
+                with world.agreed():
+                    verdicts = judging.finish()
+            clock.busy_s, clock.waited_s = judging.busy_s, judging.waited_s
             said = world.gather(verdicts)
             with world.agreed():
                 _stop_if_blind(recipe, step, said)
             yield step, trajectories, verdicts
 
     return experience
+
+
+def parts_of(prompts: Sequence[Prompt], number: int) -> list[Sequence[Prompt]]:
+    """Returns the prompts in at most so many parts of nearly one size, in order; none is empty."""
+    number = min(number, len(prompts))
+    cuts = [round(i * len(prompts) / number) for i in range(number + 1)] if number else [0]
+    return [prompts[start:stop] for start, stop in pairwise(cuts)]
 
 
 def demonstrations(
@@ -145,12 +183,11 @@ class Guarded:
         if not trajectories:
             return []
         outcome: list[list[Verdict] | Exception | SystemExit] = []
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        device = _device()
 
         def work() -> None:
             try:
-                if device is not None:
-                    torch.cuda.set_device(device)  # a thread begins on the first GPU, whatever its process uses
+                _use(device)
                 outcome.append(checked(self.part, trajectories))
             except (Exception, SystemExit) as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
                 outcome.append(error)
@@ -160,12 +197,72 @@ class Guarded:
         thread.start()
         thread.join(self.timeout_s)
         if not outcome:
-            return [_silent(f"timed out after {self.timeout_s:g} s") for _ in trajectories]
+            return [_silent(f"timed out: no verdict in {self.timeout_s:g} s") for _ in trajectories]
         if isinstance(outcome[0], ReasonRLError):
             raise outcome[0]
         if isinstance(outcome[0], Exception | SystemExit):
             raise JudgeError(_blame(self.part, outcome[0])) from outcome[0]
         return [_clean(verdict) for verdict in outcome[0]]
+
+
+@define(eq=False)
+class Judging:
+    """A step's judging, part by part, while the next part is drawn; one part at a time, in order."""
+
+    judge: Guarded
+    busy_s: float = 0.0
+    waited_s: float = 0.0
+    _parts: queue.SimpleQueue[list[Trajectory] | None] = field(factory=queue.SimpleQueue, init=False)
+    _found: list[list[Verdict] | Exception] = field(factory=list, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def __enter__(self) -> Judging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parts.put(None)  # where drawing failed: the thread ends with the part it is at
+
+    def add(self, trajectories: list[Trajectory]) -> None:
+        """Begins to judge a part as soon as those before it are done."""
+        self._parts.put(trajectories)
+        if self._thread is None:
+            # A daemon, as the judge's own thread is: an interrupted run ends at once.
+            self._thread = threading.Thread(target=self._work, args=(_device(),), name="judging", daemon=True)
+            self._thread.start()
+
+    def finish(self) -> list[Verdict]:
+        """Returns the verdicts of every part, in order; raises what the judge raised, the first part's first."""
+        if self._thread is None:
+            return []
+        self._parts.put(None)
+        since = time.perf_counter()
+        self._thread.join()
+        self.waited_s = time.perf_counter() - since
+        verdicts: list[Verdict] = []
+        for found in self._found:
+            if isinstance(found, Exception):
+                raise found
+            verdicts += found
+        return verdicts
+
+    def _work(self, device: int | None) -> None:
+        _use(device)
+        while (part := self._parts.get()) is not None:
+            since = time.perf_counter()
+            try:
+                self._found.append(self.judge.judge(part))
+            except Exception as error:  # noqa: BLE001 - finish() raises it in the run's thread
+                self._found.append(error)
+            self.busy_s += time.perf_counter() - since
+
+
+def _device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _use(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)  # a thread begins on the first GPU, whatever its process uses
 
 
 def _silent(note: str) -> Verdict:
@@ -174,7 +271,7 @@ def _silent(note: str) -> Verdict:
 
 def _clean(verdict: Verdict) -> Verdict:
     scores = {
-        name: score if _is_fine(score.value) else Score(None, f"not finite: {score.value}")
+        name: score if _is_fine(score.value) else Score(None, f"not finite: {score.value}", score.cost)
         for name, score in verdict.scores.items()
     }
     return Verdict(with_terms(verdict, _finite).terms, scores)

@@ -26,7 +26,7 @@ from reasonrl.loop import Learner, train
 from reasonrl.progress import Progress
 from reasonrl.recipe import Recipe, load_prompts
 from reasonrl.report import write_report
-from reasonrl.rollout import Experience, rollouts
+from reasonrl.rollout import Experience, JudgeTime, rollouts
 from reasonrl.types import Prompt, Trajectory, Verdict
 from reasonrl.weights import Weights
 
@@ -75,7 +75,8 @@ def run(
         with world.agreed():
             session.restore(found)
     if experience is None:
-        return session.run(rollouts(recipe, prompts, start=session.finished, world=world), said)
+        drawn = rollouts(recipe, prompts, start=session.finished, world=world, clock=session.clock)
+        return session.run(drawn, said)
     return session.run(experience(session.finished), said)
 
 
@@ -89,6 +90,7 @@ class _Session:
     progress: Progress
     tests: dict[str, tuple[Prompt, ...]]
     world: World
+    clock: JudgeTime = field(factory=JudgeTime)
     finished: int = 0
     stop: bool = False
     _torn: bool = False
@@ -218,6 +220,8 @@ class _Session:
             self._tell("rollout_end", step=step, trajectories=trajectories, verdicts=verdicts)
         seen = self.world.gather([Seen.of(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)])
         self._line = dict(summary(seen, self.recipe.stages, self.recipe.trained))
+        if self.clock.hidden_frac is not None:
+            self._line |= {"judge_s": self.clock.busy_s, "judge_hidden_frac": self.clock.hidden_frac}
         self._line["num_tokens"] = sum(sum(one.lengths.values()) for one in seen)
         if self.recipe.judge is not None and (step % self.recipe.show_every == 0 or step + 1 == self.recipe.steps):
             self._show(step, trajectories, verdicts)

@@ -108,6 +108,9 @@ class Score:
 
     value: float | None
     note: str = ""
+    """Why there is no value, or what is special about it: "reason: particulars". Metrics count a None by its reason."""
+    cost: Mapping[str, float] = field(factory=dict, eq=False)
+    """What it took: "calls", "tokens_in", "tokens_out", "seconds", "retries", "hits" of a cache. Empty = nothing."""
 
     def __bool__(self) -> bool:
         raise ContractError(f"bool({self!r}) is ambiguous: write `score.value is None` or `score.value > 0`")

@@ -105,7 +105,9 @@ def finite(value: float | Score | None) -> Score:
     if score.value is None:
         return score
     number = float(score.value)
-    return Score(number, score.note) if math.isfinite(number) else Score(None, f"not finite: {number}")
+    if math.isfinite(number):
+        return Score(number, score.note, score.cost)
+    return Score(None, f"not finite: {number}", score.cost)
 
 
 def _has(trajectory: Trajectory, need: str) -> bool:
