@@ -42,7 +42,24 @@ SHARED = {
         "stepper",
         "trained_parts",
     },
-    "judges": {"cached", "detectors", "geometry", "grounding", "layout", "local", "prompt_reading", "server", "together", "vlm"},
+    "judges": {
+        "asking",
+        "cached",
+        "completions",
+        "detectors",
+        "geometry",
+        "grounding",
+        "layout",
+        "local",
+        "local_model",
+        "loop_thread",
+        "png",
+        "prompt_reading",
+        "retries",
+        "server",
+        "together",
+        "vlm",
+    },
 }
 """Files that the others in their folder may import."""
 COMPOSED = {"judges.dual_stage"}

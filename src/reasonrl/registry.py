@@ -19,7 +19,8 @@ from attrs import frozen
 from reasonrl.errors import PluginError
 from reasonrl.interfaces import Judge, Objective, Policy, Renderer
 
-KINDS = ("policies", "renderers", "judges", "objectives", "recipes", "benchmarks")
+KINDS = ("policies", "renderers", "judges", "objectives", "tools", "recipes", "benchmarks")
+"""`tools` are what judges use: whom they ask, and what locates objects for them."""
 BLOCK = "REASONRL_BLOCK"
 """Environment variable: comma-separated distribution names to ignore."""
 

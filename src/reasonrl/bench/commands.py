@@ -1,4 +1,4 @@
-"""`reasonrl bench kernels|sampler|step`: each prints tables and writes the same as JSON."""
+"""`reasonrl bench kernels|sampler|step|judges`: each prints tables and writes the same as JSON."""
 
 from __future__ import annotations
 
@@ -128,6 +128,26 @@ def bench_step(
     job = Job(task, rank=0 if full else rank, recomputes=checkpointing, num_rows=rows)
     result = step.run(model, dtype=dtypes[0], job=job, device=where, repeats=repeats, samples=sample, only=only)
     report(result, step.rendered(result), path, step.said_of_gradients(result))
+
+
+@bench.command("judges")
+def bench_judges(
+    delays: Annotated[str, typer.Option(help="Milliseconds that the server takes, one row each.")] = "100,200,400",
+    least_s: Annotated[float, typer.Option("--seconds", min=0.0, help="Of a round, at least.")] = 5.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of both, in turn.")] = 3,
+    path: Annotated[Path, typer.Option("--out", help="The JSON to write.")] = Path("bench-judges.json"),
+) -> None:
+    """Time the client of OpenAI-compatible servers, and the cache of replies.
+
+    Beside a load generator with ready requests, at 64 requests at a time, against a server process of this machine
+    with 64 places and a fixed delay: requests a second of both, and the share. A warm cache: lookups a second.
+    """
+    from reasonrl.bench import judges
+
+    result = judges.run([delay / 1e3 for delay in whole_numbers("--delays", delays)], least_s=least_s, repeats=repeats)
+    targets = result["targets"]
+    said = f"targets: {targets['share']:.0%} of the server's own rate, {targets['lookups']:,} lookups/s"
+    report(result, judges.rendered(result), path, said)
 
 
 def chosen(device: str | None) -> torch.device:

@@ -1,23 +1,40 @@
-"""DualStage: GoT-R1's reward, in both published forms, from any four judges with its ranges."""
+"""DualStage: GoT-R1's reward, in both published forms, from any four judges with its ranges.
+
+DualStage()                                               # exact, of drawn scenes
+DualStage("iclr-2026", vlm=Cached(Server("judge"), "judge-cache"))    # asks a model
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, final
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, final
 
-from attrs import field, frozen, validators
+from attrs import Factory, field, frozen, validators
 
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Judge
+from reasonrl.interfaces.judge import checked
+from reasonrl.judges.prompt_image import PromptImage
+from reasonrl.judges.reasoning_image import ReasoningImage
 from reasonrl.judges.scene import (
     ScenePromptImage,
     SceneReasoningImage,
     SceneSemantic,
     SceneSpatial,
 )
+from reasonrl.judges.semantic import Semantic
+from reasonrl.judges.spatial import Spatial
+from reasonrl.judges.together import together
+from reasonrl.judges.vlm import VLM
 from reasonrl.types import Trajectory, Verdict
 
 Preset = Literal["arxiv-v1", "iclr-2026"]
+
+
+def _asking_or(exact: type[Judge], asks: Callable[[VLM], Judge]) -> Any:
+    """The default of a part: it asks the reward's VLM, or judges exactly where there is none."""
+    return Factory(lambda self: exact() if self.vlm is None else asks(self.vlm), takes_self=True)
 
 
 @final
@@ -28,15 +45,22 @@ class DualStage(Judge):
     "arxiv-v1":  R_PI · (R_sem + R_spa) · R_RI, in [0, 2]
     "iclr-2026": R_PI · (R_sem + R_spa) / 2 · R_RI · R_HPS, in [0, 1]; without `preference` it lacks R_HPS
 
-    The defaults judge drawn scenes exactly; the parts are judges like any other.
+    With `vlm` the four parts ask it, all at once; without, they judge drawn scenes exactly. Each part can be another
+    judge: `DualStage(vlm=vlm, spatial=PlanGeometry())`.
     """
 
     preset: Preset = field(default="arxiv-v1", validator=validators.in_(("arxiv-v1", "iclr-2026")))
-    prompt_image: Judge = field(factory=ScenePromptImage)
-    semantic: Judge = field(factory=SceneSemantic)
-    spatial: Judge = field(factory=SceneSpatial)
-    reasoning_image: Judge = field(factory=SceneReasoningImage)
-    preference: Judge | None = None
+    vlm: VLM | None = field(
+        default=None,
+        validator=validators.optional(validators.instance_of(VLM)),  # type: ignore[type-abstract]
+        kw_only=True,
+    )
+    """Whom the parts ask; None = nobody."""
+    prompt_image: Judge = field(default=_asking_or(ScenePromptImage, PromptImage), kw_only=True)
+    semantic: Judge = field(default=_asking_or(SceneSemantic, Semantic), kw_only=True)
+    spatial: Judge = field(default=_asking_or(SceneSpatial, Spatial), kw_only=True)
+    reasoning_image: Judge = field(default=_asking_or(SceneReasoningImage, ReasoningImage), kw_only=True)
+    preference: Judge | None = field(default=None, kw_only=True)
     """R_HPS, a human-preference score in [0, 1]; only in the iclr-2026 form."""
 
     def __attrs_post_init__(self) -> None:
@@ -44,12 +68,22 @@ class DualStage(Judge):
             raise ConfigError("preset arxiv-v1 has no preference factor: use preset='iclr-2026' or leave it out")
 
     @property
+    def parts(self) -> tuple[Judge, ...]:
+        """R_PI, R_sem, R_spa, R_RI, and R_HPS where there is one."""
+        four = (self.prompt_image, self.semantic, self.spatial, self.reasoning_image)
+        return four if self.preference is None else (*four, self.preference)
+
+    @property
     def expression(self) -> Judge:
         """The reward, written out."""
+        return self._written(self.parts)
+
+    def _written(self, parts: Sequence[Judge]) -> Judge:
+        prompt_image, semantic, spatial, reasoning_image, *preference = parts
         if self.preset == "arxiv-v1":
-            return self.prompt_image * (self.semantic + self.spatial) * self.reasoning_image
-        halved = self.prompt_image * (0.5 * self.semantic + 0.5 * self.spatial) * self.reasoning_image
-        return halved if self.preference is None else halved * self.preference
+            return prompt_image * (semantic + spatial) * reasoning_image
+        halved = prompt_image * (0.5 * semantic + 0.5 * spatial) * reasoning_image
+        return halved * preference[0] if preference else halved
 
     @property
     def needs(self) -> frozenset[str]:
@@ -63,4 +97,28 @@ class DualStage(Judge):
 
     def judge(self, trajectories: Sequence[Trajectory]) -> Sequence[Verdict]:
         """Returns the product, with the raw score of every part beside it."""
-        return self.expression.judge(trajectories)
+        if self.vlm is None:
+            return self.expression.judge(trajectories)
+        said = together([partial(checked, part, trajectories) for part in self.parts])
+        return self._written([_Said(part, verdicts) for part, verdicts in zip(self.parts, said, strict=True)]).judge(
+            trajectories
+        )
+
+
+@frozen
+class _Said(Judge):
+    """A part whose verdicts are in."""
+
+    part: Judge
+    verdicts: Sequence[Verdict]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.part.needs
+
+    @property
+    def stages(self) -> frozenset[str]:
+        return self.part.stages
+
+    def judge(self, trajectories: Sequence[Trajectory]) -> Sequence[Verdict]:
+        return self.verdicts
