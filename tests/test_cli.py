@@ -24,6 +24,7 @@ COMMANDS = {
     "check": "Check that a component keeps its promises.",
     "report": "Write a run's report, one self-contained page.",
     "doctor": "Check a recipe before money is spent.",
+    "judge": "Look into judges.",
     "bench": "Measure this machine, beside the peers that are installed on it.",
 }
 PROMPT = "a red circle"

@@ -1,4 +1,4 @@
-"""The command line: train, sample, plugins, check, doctor, bench, report."""
+"""The command line: train, sample, plugins, check, doctor, bench, judge, report."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from reasonrl.config import overrides
 from reasonrl.errors import ConfigError, PluginError, RankError, ReasonRLError
 
 if TYPE_CHECKING:
+    from reasonrl.interfaces import Judge
     from reasonrl.recipe import Recipe
     from reasonrl.types import Trajectory
 
@@ -32,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+judges = typer.Typer(help="Look into judges.", no_args_is_help=True)
+app.add_typer(judges, name="judge")
 out = Console(highlight=False)
 
 
@@ -198,6 +201,88 @@ def doctor(
         out.print(f"{'ok  ' if finding.ok else 'SICK'} {finding.text}", markup=False, soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@judges.command("audit")
+def judge_audit(
+    judge: Annotated[
+        str,
+        typer.Argument(help="A judge (judges/dual-stage), or a recipe (file.py, recipes/nano) whose judge is meant."),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change a field of the judge, or of the recipe."),
+    ] = None,
+    number: Annotated[
+        int, typer.Option("--num", min=0, help="Prompts, of 8 to 11 scenes each; 0 = labels alone.")
+    ] = 24,
+    labels: Annotated[Path | None, typer.Option(help="JSONL: prompt, image, score, maybe reasoning, group.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=-1, max=1, help="Kendall's tau within prompts to reach. Default: the recipe's min_agreement."),
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(help="Exact scores to hold the reward against: prompt-image,semantic,spatial,reasoning-image."),
+    ] = "",
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest gain by hostile text, as a share of the scores' range.")
+    ] = 0.05,
+    side: Annotated[
+        int | None, typer.Option(help="Pixels of a picture. Default: 448, or what the judge reads.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same questions.")] = 0,
+    directory: Annotated[Path | None, typer.Option("--out", help="Write audit.json into this folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Find out whether a judge is worth paying for.
+
+    On drawn scenes whose truth is known: does it rank them, does it answer twice alike, does order or hostile text move
+    its scores; with labels, does it agree with people. Exit code 1 if not.
+    """
+    from reasonrl.audit import tables
+    from reasonrl.audit.exam import Plan, foretold
+    from reasonrl.audit.verdict import examine
+
+    found, recipe = find_judge(judge, settings or [])
+    plan = Plan(
+        num=number,
+        seed=seed,
+        side=side,
+        against=tuple(name.strip() for name in against.split(",") if name.strip()),
+        threshold=threshold if threshold is not None or recipe is None else recipe.min_agreement,
+        tolerance=tolerance,
+        labels=labels,
+        **({} if recipe is None else {"max_unscored": recipe.max_unscored, "timeout_s": recipe.judge_timeout_s}),
+    )
+    more = f", and the labels of {labels}" if labels else ""
+    out.print(f"{judge}: at most {foretold(found, plan)} trajectories to judge{more}", markup=False, soft_wrap=True)
+    audit = examine(found, plan, quiet=quiet)
+    for table in tables.rendered(audit):
+        Console(width=max(out.width, tables.WIDTH), highlight=False).print(table, "")
+    if directory is not None:
+        out.print(f"wrote {tables.write(audit, directory)}", markup=False)
+    for finding in audit.findings:
+        out.print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.text}", markup=False, soft_wrap=True)
+    if not audit.ok:
+        raise typer.Exit(1)
+
+
+def find_judge(name: str, changes: list[str]) -> tuple[Judge, Recipe | None]:
+    """Returns the judge of that name, or a recipe's and the recipe; `changes` are the judge's, or the recipe's."""
+    if name.endswith(".py") or name.startswith("recipes/"):
+        recipe = overrides(find_recipe(name.removeprefix("recipes/")), changes)
+        if recipe.judge is None:
+            raise ConfigError(f"{name} has no judge: name one, as in judges/dual-stage")
+        return recipe.judge, recipe
+    made = registry.load("judges", name.removeprefix("judges/"))
+    try:
+        built: Judge = made()
+    except TypeError as error:
+        raise PluginError(
+            f"{name} cannot be built without settings: {error}; give a recipe's file, whose judge has them"
+        ) from error
+    return overrides(built, changes), None
 
 
 def find_recipe(name: str) -> Recipe:
