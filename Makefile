@@ -1,13 +1,14 @@
 # Two commands: `make demo` and `make test`. Both make .venv and install what tests ran with.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
 .PHONY: demo test install lint types clean
 
-.venv/made: pyproject.toml constraints.txt plugins/reasonrl-contrast/pyproject.toml
+.venv/made: pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[dev]' --editable plugins/reasonrl-contrast
+		--editable '.[dev]' $(PLUGINS:%=--editable %)
 	touch $@
 
 install: .venv/made
