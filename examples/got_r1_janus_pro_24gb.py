@@ -1,10 +1,11 @@
 """`got_r1_janus_pro.py` for one card of 24 GB: the same algorithm and the same gradient a prompt, a smaller step.
 
-    reasonrl train examples/got_r1_janus_pro_24gb.py --prompts t2i-compbench/spatial_train.txt
+    reasonrl train examples/got_r1_janus_pro_24gb.py --set judge.vlm.inner.url=http://judge:8000/v1
 
-Computed for Janus-Pro-1B in bfloat16, not measured (docs/janus-pro.md has the arithmetic): weights 4.2 GB; adapters,
-their gradient, moments and reference 0.6 GB; then at most 11.5 GB while 32 trajectories are drawn, or 1.3 GB while two
-are replayed. Janus-Pro-7B does not fit: its weights are 14.8 GB, and a group of 16 takes up to 14.3 GB to draw.
+The judge needs a card of its own. Computed for Janus-Pro-1B in bfloat16, not measured (docs/janus-pro.md has the
+arithmetic): weights 4.2 GB; adapters, their gradient, moments and reference 0.6 GB; then at most 11.5 GB while 32
+trajectories are drawn, or 1.3 GB while two are replayed. Janus-Pro-7B does not fit: its weights are 14.8 GB, and a
+group of 16 takes up to 14.3 GB to draw.
 """
 
 import importlib.util

@@ -1,5 +1,6 @@
 """The GoT-R1 recipe on Janus-Pro: its settings, its judges, and runs of it on a small checkpoint."""
 
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -8,12 +9,14 @@ import pytest
 import torch
 from attrs import evolve
 from safetensors.torch import load_file
+from tests.judges.faulty_server import FaultyServer
 from tests.policies.original_janus import OriginalJanus
 from tests.policies.published_folder import write_published
 from tests.test_examples import example
 
 from reasonrl import EVERY, Plan, PointwiseJudge, Prompt, Recipe, Trajectory
 from reasonrl.cli import main
+from reasonrl.config import from_record, to_record
 from reasonrl.judges import DualStage
 from reasonrl.session import run
 from reasonrl.types import Stop
@@ -21,7 +24,6 @@ from reasonrl.types import Stop
 COMPBENCH = Path(__file__).parents[2] / "shared" / "data" / "t2i-compbench"
 HORSE = "<|obj_start|>brown horse<|obj_end|> <|box_start|>(600,300),(900,700)<|box_end|>"
 MAN = "<|obj_start|>a man<|obj_end|> <|box_start|>(100,300),(400,700)<|box_end|>"
-LEFT_HORSE = "<|obj_start|>horse<|obj_end|> <|box_start|>(10,300),(90,700)<|box_end|>"
 
 
 class Spread(PointwiseJudge):
@@ -41,6 +43,11 @@ def module() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def plans() -> ModuleType:
+    return example("got_r1_janus_pro_plans")
+
+
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,7 +62,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def small(module: ModuleType, prompts: Path, checkpoint: Path, **changes: object) -> Recipe:
-    recipe = module.recipe_for(str(prompts), str(checkpoint), changes.pop("judge", None))
+    recipe = module.recipe_for(str(prompts), str(checkpoint), changes.pop("judge", module.JUDGE))
     policy = evolve(recipe.policy, max_tokens=6)
     return evolve(
         recipe, policy=policy, **{"steps": 2, "prompts_per_step": 2, "group_size": 2, "num_rows": 3, **changes}
@@ -67,7 +74,7 @@ def small(module: ModuleType, prompts: Path, checkpoint: Path, **changes: object
 
 def test_what_the_paper_states_is_what_the_recipe_does(module):
     recipe = module.recipe
-    policy, objective = recipe.policy, recipe.objectives[("reasoning",)]
+    policy, objective = recipe.policy, recipe.objectives[("reasoning", "image")]
     assert (recipe.group_size, recipe.steps, recipe.learning_rate, recipe.schedule) == (16, 1000, 1e-5, "cosine")
     assert (policy.lora_rank, policy.lora_alpha, policy.temperature, policy.guidance) == (32, 32, 1.0, 5.0)
     assert policy.max_tokens == 600 + 1
@@ -103,54 +110,36 @@ def test_a_judge_of_every_stage_trains_every_stage(module):
     recipe = module.recipe_for("a.txt", "nano", DualStage("iclr-2026"))
     assert recipe.trained == ("reasoning", "image")
     assert list(recipe.claims) == [("reasoning", "image")]
-    assert module.recipe_for("a.txt", "nano").trained == ("reasoning",)
+    only = module.recipe_for("a.txt", "nano", DualStage().on("reasoning"))
+    assert only.trained == ("reasoning",)
 
 
 @pytest.mark.skipif(not COMPBENCH.is_dir(), reason="the T2I-CompBench files are not beside the repo")
-def test_every_default_prompt_is_one_that_the_judge_can_read(module):
-    lines = (COMPBENCH / Path(module.PROMPTS).name).read_text().splitlines()
-    judge = module.PlannedRelation()
+def test_every_prompt_of_the_plans_recipe_is_one_that_its_judge_can_read(plans):
+    lines = (COMPBENCH / Path(plans.PROMPTS).name).read_text().splitlines()
     assert len(lines) == 700
     for line in lines:
-        score = judge.score(Trajectory(Prompt("a", line), (0,), texts={"reasoning": ""}))
-        assert score.value == 0.0, line
+        [verdict] = plans.JUDGE.judge([Trajectory(Prompt("a", line), (0,), texts={"reasoning": HORSE})])
+        assert verdict.scores["PlanGeometry"].value == pytest.approx(0.1), line
 
 
 # ---- judges ----
 
 
-def judged(judge: PointwiseJudge, reasoning: str, *, prompt: str = "a horse on the right of a man", stop=Stop.END):
-    return judge.score(Trajectory(Prompt("a", prompt), (0,), texts={"reasoning": reasoning}, stop=stop)).value
+def test_the_judge_is_the_papers_and_asks_a_server(module):
+    judge = module.recipe.judge
+    assert {type(part).__name__ for part in judge.parts} == {"PromptImage", "Semantic", "Spatial", "ReasoningImage"}
+    assert module.VLM.coordinates == "pixels"  # Qwen2.5-VL's, told from the name
+    assert from_record(to_record(judge)) == judge
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "wanted"),
-    [
-        (f"A {HORSE} beside {MAN}.", 1.0),
-        (f"{LEFT_HORSE} beside {MAN}.", 0.1),
-        (f"{HORSE} and {LEFT_HORSE} around {MAN}.", 0.1),  # a horse on either side earns nothing
-        (f"A {HORSE} alone.", 0.0),
-        (f"A {HORSE} and <|obj_start|>man<|obj_end|> somewhere.", 0.0),
-        ("A horse on the right of a man.", 0.0),
-    ],
-)
-def test_the_planned_boxes_must_hold_the_relation(module, reasoning, wanted):
-    assert judged(module.PlannedRelation(), reasoning) == wanted
+def judged(judge: PointwiseJudge, reasoning: str, *, stop=Stop.END):
+    prompt = Prompt("a", "a horse on the right of a man")
+    return judge.score(Trajectory(prompt, (0,), texts={"reasoning": reasoning}, stop=stop)).value
 
 
-def test_a_prompt_without_a_relation_is_unscored(module):
-    assert judged(module.PlannedRelation(), HORSE, prompt="a red bench and a green car") is None
-
-
-def test_a_sentence_is_read_without_its_verb(module):
-    plant = "<|obj_start|>green plant<|obj_end|> <|box_start|>(300,100),(600,400)<|box_end|>"
-    stand = "<|obj_start|>white nightstand<|obj_end|> <|box_start|>(300,450),(600,900)<|box_end|>"
-    asked = "The green plant was on top of the white nightstand."
-    assert judged(module.PlannedRelation(), f"{plant} {stand}", prompt=asked) == 1.0
-
-
-def test_a_plan_is_well_formed_where_its_objects_have_boxes_and_it_ended(module):
-    judge = module.WellFormed()
+def test_a_plan_is_well_formed_where_its_objects_have_boxes_and_it_ended(plans):
+    judge = plans.WellFormed()
     assert judged(judge, f"{HORSE} {MAN}") == 1.0
     assert judged(judge, f"{HORSE} and <|obj_start|>man<|obj_end|> somewhere.") == 0.5
     assert judged(judge, "no objects at all") == 0.0
@@ -184,8 +173,9 @@ def test_both_stages_train_and_a_run_resumes_to_the_same_bits(module, prompts, c
     assert (tmp_path / "whole" / "model" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_plans_that_nobody_can_draw_by_teach_nothing(module, prompts, checkpoint, tmp_path):
-    run(small(module, prompts, checkpoint, schedule="cosine"), tmp_path / "run", quiet=True)
+def test_plans_that_nobody_can_draw_by_teach_nothing(module, plans, prompts, checkpoint, tmp_path):
+    recipe = small(module, prompts, checkpoint, judge=plans.JUDGE, schedule="cosine")
+    run(recipe, tmp_path / "run", quiet=True)
     begin, end = learned(tmp_path / "run", 0), learned(tmp_path / "run", 2)
     assert all(torch.equal(begin[name], end[name]) for name in end)
 
@@ -193,7 +183,7 @@ def test_plans_that_nobody_can_draw_by_teach_nothing(module, prompts, checkpoint
 def test_the_command_line_trains_it_and_the_doctor_says_what_is_wrong(
     prompts, checkpoint, tmp_path, monkeypatch, capsys
 ):
-    path = str(Path(__file__).parents[1] / "examples" / "got_r1_janus_pro.py")
+    path = str(Path(__file__).parents[1] / "examples" / "got_r1_janus_pro_plans.py")
     sizes = {"policy.checkpoint": checkpoint, "renderer.source": checkpoint, "prompts": prompts}
     sizes |= {"policy.max_tokens": 6, "group_size": 2, "prompts_per_step": 1, "steps": 1, "num_rows": 2}
     settings = [part for name, value in sizes.items() for part in ("--set", f"{name}={value}")]
@@ -218,7 +208,31 @@ def test_the_command_line_trains_it_and_the_doctor_says_what_is_wrong(
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_the_stand_in_speaks_of_plans_alone(module):
-    assert module.recipe.judge.stages == {"reasoning"}
-    assert not module.recipe.judge.needs
-    assert EVERY not in module.recipe.judge.stages
+def test_a_run_asks_the_server_that_it_is_told_of_and_writes_down_what_that_cost(
+    prompts, checkpoint, tmp_path, monkeypatch, capsys
+):
+    path = str(Path(__file__).parents[1] / "examples" / "got_r1_janus_pro.py")
+    with FaultyServer() as server:
+        sizes = {"policy.checkpoint": checkpoint, "renderer.source": checkpoint, "prompts": prompts}
+        sizes |= {"policy.max_tokens": 6, "group_size": 2, "prompts_per_step": 2, "steps": 1, "num_rows": 2}
+        sizes |= {"judge.vlm.inner.url": server.url, "judge.vlm.folder": tmp_path / "cache"}
+        settings = [part for name, value in sizes.items() for part in ("--set", f"{name}={value}")]
+        monkeypatch.setattr(
+            "sys.argv", ["reasonrl", "train", path, *settings, "--out", str(tmp_path / "run"), "--quiet"]
+        )
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code == 0, capsys.readouterr()
+    [line] = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["unscored"] == 0
+    # Every picture is asked about; an untrained model plans nothing, which costs nothing to judge.
+    assert line["cost/PromptImage/calls"] + line.get("cost/PromptImage/hits", 0) == 4
+    assert line["cost/PromptImage/tokens_in"] > 0
+    assert "<h2>Judging</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_plans_recipe_speaks_of_plans_alone(plans):
+    assert plans.recipe.judge.stages == {"reasoning"}
+    assert not plans.recipe.judge.needs
+    assert plans.recipe.trained == ("reasoning",)
+    assert EVERY not in plans.recipe.judge.stages

@@ -400,6 +400,16 @@ def test_a_part_can_be_another_judge() -> None:
         DualStage(vlm="a model")
 
 
+def test_another_vlm_is_another_vlm_for_every_part() -> None:
+    from reasonrl.config import override
+    from reasonrl.judges.server import Server
+
+    there = override(DualStage(vlm=Server("qwen2.5-vl")), "vlm.url=http://judge:1/v1")
+    assert there == DualStage(vlm=Server("qwen2.5-vl", "http://judge:1/v1"))
+    assert {part.vlm.url for part in there.parts[:3]} == {"http://judge:1/v1"}
+    assert there.parts[3].locator.vlm.url == "http://judge:1/v1"
+
+
 def test_settings_travel_through_a_record_and_a_pickle() -> None:
     from reasonrl.judges.server import Server
 

@@ -6,11 +6,11 @@ DualStage("iclr-2026", vlm=Cached(Server("judge"), "judge-cache"))    # asks a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, final
+from typing import Literal, final
 
-from attrs import Factory, field, frozen, validators
+from attrs import field, frozen, validators
 
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Judge
@@ -32,9 +32,7 @@ from reasonrl.types import Trajectory, Verdict
 Preset = Literal["arxiv-v1", "iclr-2026"]
 
 
-def _asking_or(exact: type[Judge], asks: Callable[[VLM], Judge]) -> Any:
-    """The default of a part: it asks the reward's VLM, or judges exactly where there is none."""
-    return Factory(lambda self: exact() if self.vlm is None else asks(self.vlm), takes_self=True)
+_JUDGE = validators.optional(validators.instance_of(Judge))  # type: ignore[type-abstract]
 
 
 @final
@@ -46,31 +44,32 @@ class DualStage(Judge):
     "iclr-2026": R_PI · (R_sem + R_spa) / 2 · R_RI · R_HPS, in [0, 1]; without `preference` it lacks R_HPS
 
     With `vlm` the four parts ask it, all at once; without, they judge drawn scenes exactly. Each part can be another
-    judge: `DualStage(vlm=vlm, spatial=PlanGeometry())`.
+    judge: `DualStage(vlm=vlm, spatial=PlanGeometry())`; None = the usual one, whoever the `vlm` is.
     """
 
     preset: Preset = field(default="arxiv-v1", validator=validators.in_(("arxiv-v1", "iclr-2026")))
-    vlm: VLM | None = field(
-        default=None,
-        validator=validators.optional(validators.instance_of(VLM)),  # type: ignore[type-abstract]
-        kw_only=True,
-    )
+    vlm: VLM | None = field(default=None, kw_only=True)
     """Whom the parts ask; None = nobody."""
-    prompt_image: Judge = field(default=_asking_or(ScenePromptImage, PromptImage), kw_only=True)
-    semantic: Judge = field(default=_asking_or(SceneSemantic, Semantic), kw_only=True)
-    spatial: Judge = field(default=_asking_or(SceneSpatial, Spatial), kw_only=True)
-    reasoning_image: Judge = field(default=_asking_or(SceneReasoningImage, ReasoningImage), kw_only=True)
-    preference: Judge | None = field(default=None, kw_only=True)
+    prompt_image: Judge | None = field(default=None, validator=_JUDGE, kw_only=True)
+    semantic: Judge | None = field(default=None, validator=_JUDGE, kw_only=True)
+    spatial: Judge | None = field(default=None, validator=_JUDGE, kw_only=True)
+    reasoning_image: Judge | None = field(default=None, validator=_JUDGE, kw_only=True)
+    preference: Judge | None = field(default=None, validator=_JUDGE, kw_only=True)
     """R_HPS, a human-preference score in [0, 1]; only in the iclr-2026 form."""
 
     def __attrs_post_init__(self) -> None:
+        self.parts  # noqa: B018 - refuses whom nobody can ask
         if self.preference is not None and self.preset == "arxiv-v1":
             raise ConfigError("preset arxiv-v1 has no preference factor: use preset='iclr-2026' or leave it out")
 
     @property
     def parts(self) -> tuple[Judge, ...]:
         """R_PI, R_sem, R_spa, R_RI, and R_HPS where there is one."""
-        four = (self.prompt_image, self.semantic, self.spatial, self.reasoning_image)
+        usual: tuple[Judge, ...] = (ScenePromptImage(), SceneSemantic(), SceneSpatial(), SceneReasoningImage())
+        if self.vlm is not None:
+            usual = PromptImage(self.vlm), Semantic(self.vlm), Spatial(self.vlm), ReasoningImage(self.vlm)
+        given = (self.prompt_image, self.semantic, self.spatial, self.reasoning_image)
+        four = tuple(default if mine is None else mine for mine, default in zip(given, usual, strict=True))
         return four if self.preference is None else (*four, self.preference)
 
     @property
