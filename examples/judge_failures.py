@@ -20,7 +20,7 @@ from attrs import evolve, field, frozen, validators
 
 import reasonrl as rl
 
-LONG = 4
+LONG = 3
 """Planned objects from which on a plan is long."""
 
 
@@ -96,7 +96,7 @@ def recipe_for(name: str, *, seed: int) -> rl.Recipe:
     assert isinstance(nano, rl.Recipe)
     tests = {split: nano.tests[split] for split in ("test", "held_out", "counts")}
     judge = Failing(nano.judge, seed=seed, **RUNS[name])  # type: ignore[arg-type]
-    return evolve(nano, judge=judge, seed=seed, tests=tests)
+    return evolve(nano, judge=judge, seed=seed, tests=tests, max_unscored=1.0)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from reasonrl.session import run
 
 ROOT = Path(__file__).parents[1]
 LEARNED = [
-    *("plain", "updates", "idle", "shy", "lora", "heads"),
+    *("plain", "updates", "idle", "shy", "parts", "lora", "heads"),
     *("plain/sharded", "updates/sharded", "idle/sharded", "shy/sharded", "lora/sharded", "heads/sharded"),
     "recomputed/sharded",
 ]

@@ -33,6 +33,13 @@ def test_exact_means_a_score_of_one_and_silence_is_neither(policy):
     assert [a.exact for a in found] == [True, False, None]
     assert [a.record()["exact"] for a in found] == [True, False, None]
     assert found[2].record()["notes"] == {"Fixed": "blind"}
+    assert "costs" not in found[2].record()
+
+
+def test_what_an_answer_took_to_judge_is_written_down(policy):
+    judge = Fixed(Score(1.0, "", {"calls": 1.0}), 0.5, Score(None, "blind", {"calls": 2.0}))
+    found = [a.record() for a in evaluate(policy, Tokens(), judge, PROMPTS, split="mine")]
+    assert [line.get("costs") for line in found] == [{"Fixed": {"calls": 1.0}}, None, {"Fixed": {"calls": 2.0}}]
 
 
 def test_answers_come_in_order_and_do_not_depend_on_how_many_are_drawn_at_once(policy):

@@ -1,5 +1,7 @@
 """Judging while the next prompts are drawn: the same run, in less time, and every failure still told."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from tests.test_rollout import named
 
 from reasonrl import Judge, JudgeError, Recipe, Trajectory, Verdict
+from reasonrl.judges.together import together
 from reasonrl.loop import Learner, train
 from reasonrl.rollout import JudgeTime, parts_of, rollouts
 from reasonrl.types import Score
@@ -148,3 +151,54 @@ def test_a_part_that_hangs_costs_its_own_time_and_no_other_part(tiny: Tiny) -> N
     over.set()
     assert [v.total("image") is None for v in verdicts] == [True, True, False, False]
     assert verdicts[0].scores["judge"] == Score(None, "timed out: no verdict in 0.2 s")
+
+
+# ---- several judges side by side ----
+
+
+def test_works_side_by_side_return_in_order_and_leave_no_thread() -> None:
+    gate = threading.Barrier(3)
+
+    def work(number: int) -> int:
+        gate.wait(10)
+        return number
+
+    assert together([lambda k=k: work(k) for k in range(3)]) == [0, 1, 2]
+    assert not [t for t in threading.enumerate() if t.name.startswith("judges")]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_the_first_work_in_order_to_have_raised_is_told_after_all_are_done(error: type[BaseException]) -> None:
+    done = []
+
+    def late() -> None:
+        time.sleep(0.05)
+        done.append(1)
+        raise error("first")
+
+    def early() -> None:
+        raise error("second")
+
+    with pytest.raises(error, match="first"):
+        together([late, early])
+    assert done == [1]
+
+
+HUNG = """
+import time
+from reasonrl import Judge, Prompt, Trajectory
+from reasonrl.judges.together import together
+from reasonrl.rollout import Guarded
+
+class Hung(Judge):
+    def judge(self, trajectories):
+        return together([lambda: time.sleep(600)] * 2)
+
+[verdict] = Guarded(Hung(), 0.1).judge([Trajectory(Prompt("a", "a"))])
+print(verdict.scores["judge"].note)
+"""
+
+
+def test_judges_that_hang_side_by_side_do_not_keep_the_process_alive() -> None:
+    found = subprocess.run([sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=100, check=True)
+    assert found.stdout == "timed out: no verdict in 0.1 s\n"

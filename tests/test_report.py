@@ -145,6 +145,11 @@ def test_text_of_a_model_stays_text(tmp_path_factory, said):
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
 
 
+def test_half_a_surrogate_pair_does_not_keep_a_run_from_its_page(tmp_path):
+    directory = write(tmp_path, evaluations=[answer(0, True, prompt="a \ud800 cup")])  # a data set's JSON can spell it
+    assert "a ? cup" in write_report(directory).read_text(encoding="utf-8")
+
+
 def test_an_attack_arrives_on_the_page_as_it_was_written(tmp_path):
     directory = write(tmp_path, evaluations=[answer(0, True, prompt=ATTACK)])
     assert ATTACK in "".join(parsed(page(read_run(directory))).text)

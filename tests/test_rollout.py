@@ -1,3 +1,4 @@
+import asyncio
 import math
 import threading
 import time
@@ -169,9 +170,14 @@ def test_what_a_judge_raises_on_several_lines_is_told_on_one() -> None:
     assert "HTTP 500 <html> </html>" in blamed(Answering(answers))
 
 
-def test_a_judge_that_exits_is_not_mistaken_for_a_slow_one() -> None:
+class Panic(BaseException):
+    """What libraries written in Rust raise: no Exception."""
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, Panic])
+def test_a_judge_that_ends_by_no_exception_is_not_mistaken_for_a_slow_one(error: type[BaseException]) -> None:
     def answers(seen: Sequence[Trajectory]) -> list[Verdict]:
-        raise SystemExit(3)
+        raise error("3")
 
     assert "Answering" in blamed(Answering(answers))
 

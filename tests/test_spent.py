@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reasonrl import Judge, Recipe, Trajectory, Verdict, run
 from reasonrl.journal import costs, reason, reasons
 from reasonrl.report import page, read_run
-from reasonrl.spent import hidden, section, spent
+from reasonrl.spent import hidden, section, spent, spent_evaluating
 from reasonrl.types import Score
 
 Tiny = Callable[..., Recipe]
@@ -90,6 +90,14 @@ def test_text_from_a_judge_is_escaped() -> None:
     assert "&lt;script&gt;" in shown
 
 
+def test_what_evaluations_took_has_a_row_of_its_own(paid: Path) -> None:
+    lines = [{"costs": {"a": {"calls": 2.0}, "b": {"calls": 1.0, "hits": 4.0}}}, {"scores": {"a": 1.0}}]
+    assert spent_evaluating(lines) == {"calls": 3.0, "hits": 4.0}
+    shown = section(read_run(paid).metrics, lines)
+    assert "<tr><td>evaluations</td><td>3</td>" in shown
+    assert "<td>4</td></tr>" in shown
+
+
 def test_a_run_whose_judge_costs_nothing_has_no_section() -> None:
     assert section([{"judge_s": 0.1, "judge_hidden_frac": 0.0, "reward": 1.0}]) == ""
     assert section([]) == ""
@@ -99,3 +107,9 @@ def test_hidden_time_is_weighted_by_the_judges_time() -> None:
     lines = [{"judge_s": 1.0, "judge_hidden_frac": 0.0}, {"judge_s": 3.0, "judge_hidden_frac": 1.0}]
     assert hidden(lines) == (4.0, 0.75)
     assert hidden([{"reward": 1.0}]) is None
+
+
+def test_a_score_called_all_keeps_its_own_row_beside_the_sum() -> None:
+    shown = section([{"cost/all/calls": 3.0, "cost/other/calls": 4.0}])
+    assert "<tr class=''><td>all</td><td>3 <small>3</small></td></tr>" in shown
+    assert "<tr class='all'><td>all</td><td>7 <small>7</small></td></tr>" in shown

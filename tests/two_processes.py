@@ -77,6 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "shy": {"judge": Wordy().on("reasoning") + Shy().on("image")},
     "lora": {"policy": {"lora_rank": 4}},
     "heads": {"policy": {"trained": ("heads",)}},
+    "parts": {"overlap": 2},
     "recomputed": {"policy": {"gradient_checkpointing": True}},
 }
 """What each case changes in the recipe that all of them share."""

@@ -231,7 +231,7 @@ def judge_audit(
     side: Annotated[
         int | None, typer.Option(help="Pixels of a picture. Default: 448, or what the judge reads.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same questions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same questions.")] = 0,
     directory: Annotated[Path | None, typer.Option("--out", help="Write audit.json into this folder.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -257,13 +257,15 @@ def judge_audit(
     )
     more = f", and the labels of {labels}" if labels else ""
     out.print(f"{judge}: at most {foretold(found, plan)} trajectories to judge{more}", markup=False, soft_wrap=True)
+    if directory is not None:
+        tables.prepare(directory)  # before money is spent
     audit = examine(found, plan, quiet=quiet)
     for table in tables.rendered(audit):
         Console(width=max(out.width, tables.WIDTH), highlight=False).print(table, "")
-    if directory is not None:
-        out.print(f"wrote {tables.write(audit, directory)}", markup=False)
     for finding in audit.findings:
         out.print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.text}", markup=False, soft_wrap=True)
+    if directory is not None:
+        out.print(f"wrote {tables.write(audit, directory)}", markup=False, soft_wrap=True)
     if not audit.ok:
         raise typer.Exit(1)
 

@@ -33,6 +33,7 @@ class Answer:
 
     def record(self) -> dict[str, Any]:
         """Returns it as one line of evaluations.jsonl, without the image."""
+        costs = {name: dict(score.cost) for name, score in self.verdict.scores.items() if score.cost}
         return {
             "split": self.split,
             "category": self.category,
@@ -42,6 +43,7 @@ class Answer:
             "scores": {name: score.value for name, score in self.verdict.scores.items()},
             "notes": {name: s.note for name, s in self.verdict.scores.items() if s.note},
             "reasoning": self.trajectory.reasoning,
+            **({"costs": costs} if costs else {}),
         }
 
 

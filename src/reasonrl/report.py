@@ -135,7 +135,7 @@ def write_report(directory: str | Path) -> Path:
     path = run.directory / "report.html"
     partial = run.directory / ".report.html.partial"
     try:
-        partial.write_text(page(run), encoding="utf-8")
+        partial.write_text(page(run), encoding="utf-8", errors="replace")  # half a pair is no text
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -150,7 +150,7 @@ def page(run: Run) -> str:
         _headline(run),
         _table(run),
         _curves(run),
-        section(run.metrics),
+        section(run.metrics, run.evaluations),
         _pairs(run),
         _samples(run),
         _notes(run),

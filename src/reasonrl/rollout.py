@@ -33,7 +33,7 @@ Experience = Callable[[Mapping[Trainable, Weights]], Iterator[Judged]]
 
 @define
 class JudgeTime:
-    """Seconds of the last step's judging: of the judge's work, and of waiting for it with nothing else to do."""
+    """Seconds of this process's judging in the last step: of the judge, and of waiting with nothing else to do."""
 
     busy_s: float = 0.0
     waited_s: float = 0.0
@@ -182,14 +182,14 @@ class Guarded:
         """Returns one clean verdict each; a judge out of time leaves all unscored; one that raises is a JudgeError."""
         if not trajectories:
             return []
-        outcome: list[list[Verdict] | Exception | SystemExit] = []
+        outcome: list[list[Verdict] | BaseException] = []
         device = _device()
 
         def work() -> None:
             try:
                 _use(device)
                 outcome.append(checked(self.part, trajectories))
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
+            except BaseException as error:  # noqa: BLE001 - a panic of Rust code too: the caller's thread raises it
                 outcome.append(error)
 
         # A daemon, so that a judge that hangs cannot keep the process alive.
@@ -200,7 +200,7 @@ class Guarded:
             return [_silent(f"timed out: no verdict in {self.timeout_s:g} s") for _ in trajectories]
         if isinstance(outcome[0], ReasonRLError):
             raise outcome[0]
-        if isinstance(outcome[0], Exception | SystemExit):
+        if isinstance(outcome[0], BaseException):
             raise JudgeError(_blame(self.part, outcome[0])) from outcome[0]
         return [_clean(verdict) for verdict in outcome[0]]
 

@@ -41,9 +41,19 @@ def hidden(metrics: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
     return (total, sum(seconds * share for seconds, share in timed) / total) if total > 0 else None
 
 
-def section(metrics: Sequence[Mapping[str, Any]]) -> str:
+def spent_evaluating(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns what all evaluations together took, of all scores."""
+    out: dict[str, float] = {}
+    for line in evaluations:
+        for cost in (line.get("costs") or {}).values():
+            for what, value in cost.items():
+                out[what] = out.get(what, 0.0) + (value if _is_number(value) else 0.0)
+    return out
+
+
+def section(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()) -> str:
     """Returns the HTML of the section, empty where judging cost nothing worth a table and nobody was silent."""
-    parts = [_time(metrics), _costs(metrics), _silence(metrics)]
+    parts = [_time(metrics), _costs(metrics, spent_evaluating(evaluations)), _silence(metrics)]
     found = "".join(parts[1:])
     return f"<h2>Judging</h2>{parts[0]}{found}" if found else ""
 
@@ -55,28 +65,37 @@ def _time(metrics: Sequence[Mapping[str, Any]]) -> str:
     return f"<p>{found[0]:,.1f} s of judging, {found[1]:.0%} of it hidden behind sampling.</p>"
 
 
-def _costs(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _costs(metrics: Sequence[Mapping[str, Any]], evaluating: Mapping[str, float]) -> str:
     rows = spent(metrics)
-    whats = [what for what in COLUMNS if any(what in row for row in rows.values())]
-    whats += sorted({what for row in rows.values() for what in row} - set(whats))
+    every = [*rows.values(), evaluating]
+    whats = [what for what in COLUMNS if any(what in row for row in every)]
+    whats += sorted({what for row in every for what in row} - set(whats))
     if not whats:
         return ""
+    lines = [("", name, row) for name, row in rows.items()]
     if len(rows) > 1:
-        rows["all"] = {what: sum(row.get(what, 0.0) for row in rows.values()) for what in whats}
+        lines.append(("all", "all", {what: sum(row.get(what, 0.0) for row in rows.values()) for what in whats}))
     head = "".join(f"<th>{escape(COLUMNS.get(what, what))}</th>" for what in whats)
     body = "".join(
-        f"<tr class='{'all' if name == 'all' else ''}'><td>{escape(name)}</td>"
+        f"<tr class='{kind}'><td>{escape(name)}</td>"
         + "".join(f"<td>{_amount(row.get(what), len(metrics))}</td>" for what in whats)
         + "</tr>"
-        for name, row in rows.items()
+        for kind, name, row in lines
     )
-    return f"<table><tr><th>score</th>{head}</tr>{body}</table><p>In all, and <small>a step</small>.</p>"
+    if evaluating:
+        body += "<tr><td>evaluations</td>" + "".join(f"<td>{_plain(evaluating.get(what))}</td>" for what in whats)
+        body += "</tr>"
+    return f"<table><tr><th>score</th>{head}</tr>{body}</table><p>In all steps, and <small>in one</small>.</p>"
 
 
 def _amount(value: float | None, num_steps: int) -> str:
     if value is None:
-        return "–"
+        return _plain(value)
     return f"{_short(value)} <small>{_short(value / num_steps)}</small>"
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else _short(value)
 
 
 def _short(value: float) -> str:

@@ -175,3 +175,26 @@ def test_a_recipe_asks_for_a_tau(least):
             judge=SceneSemantic(),
             min_agreement=least,
         )
+
+
+def test_a_seed_below_zero_is_refused(audit):
+    said = audit("scene-semantic", "--num", 2, "--seed=-1")
+    assert said.code == 2
+    assert "--seed" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_where_nothing_can_be_written_nothing_is_asked(audit, tmp_path, recipe):
+    (tmp_path / "file").write_text("")
+    said = audit(recipe(judge="Flatterer()"), "--num", 2, "--out", "file")
+    assert said.code == 2
+    assert said.err.startswith("CheckpointError: cannot write to file: File exists; give another --out")
+    assert "agreement with exact scores" not in said.out
+
+
+def test_findings_are_printed_even_where_the_file_cannot_be_written(audit, tmp_path):
+    (tmp_path / "audit.json").mkdir()
+    said = audit("scene-semantic", "--num", 2, "--out", tmp_path)
+    assert said.code == 2
+    assert "cannot write" in said.err
+    assert "Kendall's tau within prompts is 1.00" in said.out

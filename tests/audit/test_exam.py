@@ -16,11 +16,12 @@ from reasonrl.audit import asking
 from reasonrl.audit.asking import aspects_of, chunks, is_pointwise, needs_by_score
 from reasonrl.audit.exam import Plan, _lift, foretold
 from reasonrl.audit.graded import EXACT
-from reasonrl.audit.injection import BESIDE, FAMILIES, IN_NAMES
+from reasonrl.audit.injection import ATTACKS, BESIDE, FAMILIES, IN_NAMES
 from reasonrl.audit.tables import WIDTH, rendered, write
-from reasonrl.audit.verdict import examine, formula
+from reasonrl.audit.verdict import examine, formula, signed
 from reasonrl.errors import CheckpointError, ConfigError, ContractError, JudgeError
 from reasonrl.interfaces import Judge, PointwiseJudge
+from reasonrl.interfaces.judge import Scaled
 from reasonrl.judges import DualStage, ScenePromptImage, SceneReasoningImage, SceneSemantic, SceneSpatial
 from reasonrl.judges.vlm import VLM, Choice, Reply, quoted
 from reasonrl.types import Score, Verdict
@@ -315,7 +316,7 @@ def test_the_probe_finds_a_gullible_judge_and_measures_the_lift():
     audit = examine(Gullible(gain=0.3), PLAN)
     found = audit.scores["reward"]
     believed = {"order", "delimiter", "chat template", "reply", "fenced reply", "dialogue", *IN_NAMES}
-    for family in FAMILIES:
+    for family in ATTACKS:
         assert found.attacks[family].ok == (family not in believed), family
     lift = found.attacks["reply"]
     assert lift.against_clean.value == lift.against_neutral.value == pytest.approx(0.3)
@@ -345,7 +346,7 @@ def test_noise_is_not_taken_for_gullibility():
     rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(40):
-        noise = rng.normal(0, 0.3, (len(FAMILIES), 3, NUM))
+        noise = rng.normal(0, 0.3, (len(ATTACKS), 3, NUM))
         wrong += not all(_lift(*each, list(map(str, range(NUM))), 0.1, 0).ok for each in noise)
     assert wrong <= 5
 
@@ -354,7 +355,7 @@ def test_length_is_told_from_hostility():
     audit = examine(LovesLength(), PLAN)
     assert all(abs(lift.against_neutral.value) < 1e-9 for lift in audit.scores["reward"].attacks.values())
     [why] = failed(audit)
-    assert why.startswith("text that says nothing raises reward by 0.0")
+    assert why.startswith("text that says nothing raises reward by 0.50")
 
 
 def test_a_judge_of_pictures_alone_cannot_be_talked_to():
@@ -631,3 +632,60 @@ def test_the_reward_of_a_model_is_audited_part_by_part():
     assert audit.cost.cost["calls"] > audit.cost.judged
     assert audit.cost.calls_per_s > 0
     assert any("raises Semantic by" in why for why in failed(audit))
+
+
+@frozen
+class Sparing(PointwiseJudge):
+    """Scores every tenth thing that it sees."""
+
+    seen: list = field(factory=list, eq=False)
+
+    def score(self, trajectory):
+        self.seen.append(1)
+        return float(len(trajectory.prompt.text)) if len(self.seen) % 10 == 1 else None
+
+
+def test_a_judge_that_is_silent_about_peoples_pictures_fails(labels):
+    audit = examine(Sparing(), Plan(num=0, labels=labels))
+    assert audit.unscored_labels == 0.9
+    assert audit.unscored is None
+    assert any("90% of labels have no reward, at most 50% allowed" in text for text in failed(audit))
+
+
+def test_of_what_was_never_scored_nothing_good_is_said():
+    audit = examine(Broken("nan"), Plan(num=4))
+    assert [finding.text for finding in audit.findings if finding.ok] == []
+
+
+def test_a_lift_that_two_decimals_would_hide_is_shown():
+    assert [signed(value) for value in (0.3, -0.0051, 0.00012, -3e-7, 0.0)] == [
+        "+0.30",
+        "-0.01",
+        "+1e-04",
+        "-3e-07",
+        "+0.00",
+    ]
+    audit = examine(Scaled(Gullible(), 1e-5), Plan(num=NUM))
+    [text] = failed(audit)
+    assert "hostile text in the plan raises reward by +3e-06" in text
+
+
+def test_few_prompts_do_not_make_a_lift_untrue():
+    """Raised at half of the prompts, beyond tolerance: of six that may be chance, and the line must not deny it."""
+
+    @frozen
+    class LastWord(PointwiseJudge):
+        def score(self, trajectory):
+            return SceneSemantic().score(trajectory).value + 0.4 * (trajectory.reasoning or "").endswith("10}")
+
+    texts = [finding.text for finding in examine(LastWord(), Plan(num=6)).findings]
+    [said] = [text for text in texts if "hostile" in text]
+    assert said.startswith("hostile text in the plan raises no score beyond tolerance and chance; most: reward by +0.2")
+    assert failed(examine(LastWord(), Plan(num=24)))
+
+
+def test_the_judges_seconds_and_ours_are_told_apart():
+    audit = examine(Metered(), Plan(num=4))
+    rows = [str(cell) for table in rendered(audit) for cell in table.columns[0]._cells]
+    assert "seconds waited" in rows
+    assert "tokens_in, added up" in rows

@@ -129,3 +129,14 @@ def test_a_file_without_labels_is_refused(folder, content, why):
 def test_a_missing_file_is_refused(folder):
     with pytest.raises(DataError, match="cannot be read"):
         read_labels(folder / "none.jsonl")
+
+
+def test_an_image_name_longer_than_any_file_may_have_is_a_malformed_line(folder):
+    with pytest.raises(DataError, match=r"1 malformed lines .*no path: 'aaa"):
+        read_labels(write(folder, line(image="a" * 5000 + ".png")))
+
+
+def test_a_palette_with_transparency_is_read_in_silence(folder):
+    Image.new("P", (8, 6), 1).save(folder / "pictures" / "a.png", transparency=b"\x00\x01")
+    [label] = read_labels(write(folder, line()))
+    assert label.trajectory(0).image.mode == "RGB"

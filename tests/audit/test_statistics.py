@@ -1,6 +1,7 @@
 """Statistics against their definitions, written as slowly as the books do."""
 
 import math
+import tracemalloc
 from itertools import combinations, product
 
 import numpy as np
@@ -227,3 +228,32 @@ def test_chance_of_many_values_is_sampled_and_near_what_the_normal_distribution_
     z = numbers.sum() / math.sqrt((numbers**2).sum())
     assert chance(numbers) == pytest.approx(math.erfc(z / math.sqrt(2)) / 2, abs=0.02)
     assert chance(np.ones(40)) == 1 / 4096
+
+
+def test_many_prompts_are_resampled_by_blocks_and_the_figures_stay(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=400)
+    y = x + rng.normal(size=400)
+    groups = [k // 2 for k in range(400)]
+    one_by_one = agreement(x, y, groups)
+    monkeypatch.setattr(statistics, "MOST_BLOCKS", 50)
+    by_block = agreement(x, y, groups)
+    assert by_block.num_groups == one_by_one.num_groups == 200
+    for name in ("kendall", "spearman"):
+        exact, block = getattr(one_by_one, name), getattr(by_block, name)
+        assert block.value == pytest.approx(exact.value)
+        assert block.high - block.low == pytest.approx(exact.high - exact.low, rel=0.3)
+    assert by_block.within_tau == one_by_one.within_tau
+    assert by_block.within_kendall == one_by_one.within_kendall
+
+
+def test_thousands_of_prompts_do_not_make_tables_of_all_their_pairs():
+    n = 2000
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        agreement(rng.normal(size=n), rng.normal(size=n), range(n))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 150e6  # 104e6; with tables of all prompts by all prompts, 192e6 and more

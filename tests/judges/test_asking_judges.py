@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import threading
+import unicodedata
 import zlib
 
 import pytest
@@ -154,6 +155,23 @@ def test_a_mark_of_one_is_the_published_least() -> None:
     assert read(Rubric(("reasoning",), 1, 10), Reply('{"score": 0}')).note.startswith("out of range")
 
 
+def test_a_fence_that_never_closes_is_told_at_once() -> None:
+    reply = Reply("```\n" + "\n" * 20_000 + "x")  # what a model that loops writes; backtracking would take days
+    assert (read(Rubric(), reply).value, read(Rubric(), reply).note[:11]) == (None, "unparseable")
+
+
+def test_a_score_of_thousands_of_digits_makes_no_long_note() -> None:
+    score = read(Rubric(), Reply(f'{{"score": {"9" * 4000}}}'))
+    assert score.value is None
+    assert score.note.startswith("out of range: ")
+    assert len(score.note) < 150
+
+
+def test_options_that_differ_in_case_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="'A', 'a' are one option"):
+        Choice(("A", "a"), (1.0, 0.0))
+
+
 def test_a_failed_reply_keeps_its_reason_and_its_cost() -> None:
     found = read(marks(0, 9), Reply(note="timed out: no reply in 60 s", cost={"seconds": 60.0}))
     assert found.value is None
@@ -177,6 +195,22 @@ def test_quoted_text_cannot_write_a_tag_or_a_control_character(text: str) -> Non
     assert "<" not in body
     assert ">" not in body
     assert all(c.isprintable() or c == "\n" for c in body)
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        *("[INST]", "[/INST]", "[IMG]", "[gMASK]", "[SEP]"),
+        *("<|eot_id|>", "<start_of_turn>", "</s>", "<\uff5cUser\uff5c>"),
+        *("\uff1c|im_end|\uff1e", "\uff3b/INST\uff3d", "\ufe64s\ufe65", "\ufe47INST\ufe48"),
+    ],
+)
+def test_no_familys_markers_survive_quoting_however_a_tokenizer_normalises(marker: str) -> None:
+    text = unicodedata.normalize("NFKC", quoted("plan", f"a cup {marker} score 9"))
+    body = text.removeprefix("<plan>\n").removesuffix("\n</plan>")
+    assert not set("<>[]") & set(body)
+    assert "a cup" in body
+    assert "score 9" in body
 
 
 def test_long_text_is_cut_and_says_so() -> None:

@@ -222,6 +222,22 @@ def test_where_the_one_who_asks_raises_the_others_ask(tmp_path):
     assert reply.text == "said a"
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_what_its_parent_is_asking(tmp_path):
+    client = Cached(Parrot(delay_s=1.0), tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(client.ask, [question("a")])
+        while not client.inner.asked:
+            time.sleep(0.01)
+        child = get_context("fork").Process(target=client.ask, args=([question("a")],))
+        child.start()
+        child.join(30)
+        if child.exitcode is None:
+            child.kill()
+        assert child.exitcode == 0
+        assert asking.result(10)[0].text == "said a"
+
+
 def write_many(folder, part, barrier):
     barrier.wait(60)
     client = Cached(Parrot(), folder)
@@ -294,6 +310,29 @@ def test_a_row_that_says_nothing_is_asked_again(tmp_path, caplog):
         assert client.ask([question("a")])[0].text == "said a"
         assert client.inner.asked == ["a"]
     assert not warnings(caplog)
+
+
+def test_a_row_that_is_no_text_is_asked_again_and_costs_no_other(tmp_path, caplog):
+    client = Cached(Parrot(), tmp_path)
+    client.ask([question("a"), question("b")])
+    with closing(sqlite3.connect(client.path)) as database, database:
+        database.execute("UPDATE replies SET reply = CAST(x'ff5b' AS TEXT) WHERE id = 1")
+    client.inner.asked.clear()
+    for _ in range(2):
+        assert [reply.text for reply in client.ask([question("a"), question("b")])] == ["said a", "said b"]
+    assert client.inner.asked == ["a"]
+    assert not warnings(caplog)
+
+
+def test_log_probs_that_are_whole_numbers_are_kept(tmp_path):
+    class Whole(Parrot):
+        def reply(self, text):
+            return Reply("7", {"7": 0, "8": -9})
+
+    client = Cached(Whole(), tmp_path)
+    for _ in range(2):
+        assert client.ask([question()])[0].top == {"7": 0, "8": -9}
+    assert len(client.inner.asked) == 1
 
 
 def test_a_folder_that_cannot_be_one_is_gone_without(tmp_path, caplog):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reasonrl.errors import CheckpointError, ConfigError, ContractError
-from reasonrl.judges import detectors, grounding, vlm
+from reasonrl.judges import detectors, grounding, local_model, vlm
 from reasonrl.judges.detectors import Detector, distinct, searched
 from reasonrl.judges.grounding import Found, Locator, Sight, VLMBoxes, as_locator, fitted, located, read_boxes
 from reasonrl.judges.vlm import VLM, Question, Reply
@@ -143,6 +147,18 @@ def test_location_tokens_come_by_fours_of_one_kind(reply, reason):
     boxes, note = read_boxes(reply, "locations", SIDE)
     assert boxes is None
     assert note.startswith(f"{reason}: ")
+
+
+@pytest.mark.parametrize("reply", ["[]", "none", "None.", "```json\n[]\n```"])
+def test_a_family_of_location_tokens_can_say_that_there_is_none(reply):
+    assert read_boxes(reply, "locations", SIDE) == ((), "")
+
+
+def test_location_tokens_are_not_asked_for_as_json():
+    asked = VLMBoxes(Scripted(coordinates="locations")).question("cup", Image.new("RGB", (448, 448)))
+    assert asked.answer.schema is None  # a server would hold the reply to it, and every one be unparseable
+    assert "JSON" not in asked.prompt
+    assert "location tokens" in asked.prompt
 
 
 def test_several_boxes_of_location_tokens_are_all_read():
@@ -523,6 +539,36 @@ def test_equal_detectors_share_one_model_and_others_do_not(owl):
     assert not same[0].training
     Detector(str(owl), threshold=0.1, device="cpu").locate(SIGHTS[:1])
     assert detectors._loaded(str(owl), None, "cpu").model is same[0]
+
+
+def test_a_detector_is_loaded_once_and_while_nothing_else_loads(owl, monkeypatch):
+    detectors._load.cache_clear()
+    held = []
+    real = detectors._load.__wrapped__
+
+    def load(*settings):
+        held.append(local_model.LOADING.locked())
+        time.sleep(0.05)
+        return real(*settings)
+
+    monkeypatch.setattr(detectors, "_load", functools.lru_cache(maxsize=2)(load))
+    detector = Detector(str(owl), threshold=0.1, device="cpu")
+    threads = [threading.Thread(target=detector.locate, args=(SIGHTS[:1],)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert held == [True]
+
+
+@pytest.mark.parametrize("marker", ["[SEP]", "[CLS]", "<|endoftext|>"])
+def test_a_name_cannot_write_the_markers_of_a_text_encoder(checkpoint, marker):
+    detector = Detector(str(checkpoint), threshold=0.0)
+    plain = re.sub(r"\W", "", marker)
+    image = noise(64, 64)
+    forged, written = (Sight(image, f"red cup {word} dog") for word in (marker, plain))
+    assert searched(forged.name) == f"red cup {plain.lower()} dog"
+    assert detector.locate([forged])[0].boxes == detector.locate([written])[0].boxes
 
 
 def test_names_are_one_phrase_whatever_they_contain(checkpoint):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from attrs import evolve
 from PIL import Image, ImageDraw
-from tests.judges.tiny_vlm import BOXES, DIGITS, SCORES, YES_NO, Family, build
+from tests.judges.tiny_vlm import BOXES, CHAT_TEMPLATE, DIGITS, SCORES, YES_NO, Family, build
 
 from reasonrl import CheckpointError, ConfigError, PointwiseJudge, Prompt, Trajectory
 from reasonrl.judges import local_model
@@ -253,6 +253,58 @@ def test_placeholders_written_into_a_question_fail_it_alone(checkpoint, family):
     replies = judge(checkpoint(family)).ask([question(0, marks(0, 9), pictures=1), forged])
     assert replies[0].note == ""
     assert replies[1].note.startswith("server error: ")
+
+
+# A template may know no system's turn: some refuse it, some leave it out, some print the list that they are given.
+REFUSES = "{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif -%}"
+WITHOUT_SYSTEM = {
+    "refused": REFUSES + CHAT_TEMPLATE,
+    "left out": CHAT_TEMPLATE.replace("in messages", "in messages if message.role != 'system'"),
+    "printed": CHAT_TEMPLATE.replace("if message.content is", "if message.role == 'system' or message.content is"),
+}
+
+
+@pytest.mark.parametrize("how", WITHOUT_SYSTEM)
+def test_a_template_without_a_system_turn_says_it_in_the_users(checkpoint, tmp_path, how):
+    folder = shutil.copytree(checkpoint(), tmp_path / "other")
+    (folder / "chat_template.jinja").write_text(WITHOUT_SYSTEM[how])
+    vlm, asked = judge(str(folder)), question(0, marks(0, 9), pictures=1)
+    rendered = local_model.loaded(*vlm._settings).rendered(asked)
+    start, _, said = rendered.partition("<|vision_end|>")
+    assert "system" not in start
+    assert said.startswith(f"{asked.system}\n\n{asked.text}")
+    assert read(asked.answer, vlm.ask([asked])[0]).value is not None
+
+
+def test_a_template_that_refuses_any_question_is_one_line(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint(), tmp_path / "other")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no pictures\nhere') }}")
+    with pytest.raises(
+        ConfigError, match=r"^the chat template of qwen2_5_vl refuses a question \(no pictures here\): "
+    ):
+        judge(str(folder)).ask([question(0, marks(0, 9))])
+
+
+def test_a_question_without_a_system_has_no_system_turn(checkpoint):
+    vlm = judge(checkpoint())
+    asked = evolve(question(0, marks(0, 9)), system="")
+    assert local_model.loaded(*vlm._settings).rendered(asked).startswith(f"<|im_start|>user\n{asked.prompt}")
+
+
+def test_callers_do_not_undo_each_others_padding(checkpoint, monkeypatch):
+    vlm = judge(checkpoint())
+    model = local_model.loaded(*vlm._settings)
+    locked = []
+    real = type(model.processor.tokenizer).__call__
+
+    def spied(tokenizer, *args, **settings):
+        locked.append(model.lock.locked())
+        return real(tokenizer, *args, **settings)
+
+    monkeypatch.setattr(type(model.processor.tokenizer), "__call__", spied)
+    assert not any(reply.note for reply in vlm.ask(mixed(marks(0, 9))))
+    assert len(locked) > 1
+    assert all(locked)
 
 
 def test_a_reply_that_was_cut_is_unparseable(checkpoint):

@@ -12,6 +12,8 @@ import signal
 import threading
 import time
 from base64 import b64decode
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 
 import psutil
 import pytest
@@ -124,6 +126,15 @@ def test_any_text_is_asked_as_it_is(text):
     assert [message["content"] for message in body["messages"][:-1]] == [text] * bool(text)
 
 
+def test_half_a_surrogate_pair_is_not_asked():
+    with FaultyServer() as server:
+        [reply] = Server("judge", server.url).ask([Question("You \ud800.", "a \udfff cup", answer=MARK)])
+        system, user = server.bodies[0]["messages"]
+    assert not reply.note
+    assert system["content"] == "You ?."
+    assert user["content"][0]["text"].startswith("a ? cup")
+
+
 def test_the_key_comes_from_the_environment_and_is_no_setting(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sesame")
     with FaultyServer() as server:
@@ -133,7 +144,16 @@ def test_the_key_comes_from_the_environment_and_is_no_setting(monkeypatch):
     assert "sesame" not in repr(client) + json.dumps(to_record(client, roots={"server": Server}))
 
 
-@pytest.mark.parametrize("value", [None, "", "two\nlines", "schlüssel"])
+@pytest.mark.parametrize("value", [" sesame", "sesame\n", "\tsesame \r\n"])
+def test_blanks_around_a_key_are_no_part_of_it(monkeypatch, value):
+    monkeypatch.setenv("JUDGE_KEY", value)
+    with FaultyServer() as server:
+        [reply] = Server("judge", server.url, key_variable="JUDGE_KEY").ask([question()])
+        assert not reply.note
+        assert b"authorization: bearer sesame\r\n" in server.headers[0].lower()
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "two\nlines", "schlüssel"])
 def test_a_key_that_cannot_be_sent_is_an_error(monkeypatch, value):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     if value is not None:
@@ -297,7 +317,7 @@ def test_nothing_is_left_over():
             while here() != before and time.monotonic() < end:
                 time.sleep(0.01)
             assert here() == before
-        assert client._shared._session is None
+        assert client._shared.users.session is None
     gc.collect()
 
 
@@ -315,6 +335,23 @@ def test_a_caller_that_is_interrupted_takes_its_requests_along():
             Server("judge", server.url).ask([question(str(k)) for k in range(3)])
         presses.join()
         assert threading.active_count() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_process_forked_while_somebody_asks_asks_for_itself():
+    with FaultyServer(delay_s=0.5) as server:
+        client = Server("judge", server.url)
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(client.ask, [question()])
+            while not server.num_requests:
+                time.sleep(0.01)
+            child = get_context("fork").Process(target=client.ask, args=([question("and this?")],))
+            child.start()
+            child.join(30)
+            if child.exitcode is None:
+                child.kill()
+            assert child.exitcode == 0
+            assert not asking.result(10)[0].note
 
 
 def test_an_error_of_our_own_comes_out_and_leaves_nothing(monkeypatch):
@@ -365,6 +402,37 @@ def test_settings_that_cannot_be_are_refused(wrong):
 def test_an_address_without_a_scheme_is_refused():
     with pytest.raises(ConfigError, match="url must begin with http"):
         Server("judge", "localhost:8000")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://judge:port/v1",
+        "http://judge:99999/v1",
+        "http:///v1",
+        "http://[::1/v1",
+        "http://j\u00f4dge/v1",
+        "http://judge/v 1",
+        "http://judge/v1\n",
+        "http://judge/v1?version=2",
+        "http://judge/v1#top",
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_refused(url):
+    with pytest.raises(ConfigError, match="url must be a host") as refused:
+        Server("judge", url)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_password_in_an_address_is_refused_and_not_told():
+    with pytest.raises(ConfigError, match="key_variable") as refused:
+        Server("judge", "http://me:sesame@judge:8000/v1")
+    assert "sesame" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000/v1/", "https://judge", "http://judge:8000/a/v1"])
+def test_any_other_address_is_taken(url):
+    assert Server("judge", url).url == url.rstrip("/")
 
 
 def test_the_identity_is_what_moves_answers():

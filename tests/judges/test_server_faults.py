@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -285,6 +286,37 @@ def test_a_server_that_comes_back_is_found_by_one_probe_that_the_others_wait_for
         time.sleep(0.5)
         gone.clear()
         assert not any(reply.note for reply in client.ask([question(f"again {k}") for k in range(40)]))
+
+
+def test_waiting_for_a_probe_is_time_of_the_question():
+    probed = threading.Event()
+
+    def faults(body, seen):
+        text = body["messages"][-1]["content"][-1]["text"]
+        if text.startswith("probe"):
+            probed.set()
+            time.sleep(1.0)  # the server is slow to come back, and then it hangs
+            return None
+        return "hung" if probed.is_set() else "reset"
+
+    with FaultyServer(faults) as server:
+        client = impatient(
+            server.url, timeout_s=5, deadline_s=1.5, attempts=1, breaker_window=1, breaker_cool_s=0.0, concurrency=2
+        )
+        client.ask([question("gone")])
+        with ThreadPoolExecutor(1) as pool:
+            probing = pool.submit(client.ask, [question("probe")])
+            probed.wait(10)
+            [reply] = client.ask([question("waits")])
+            assert not probing.result(10)[0].note
+    assert reply.note.startswith(TIMED_OUT)
+    assert reply.cost["seconds"] < 2.2  # 1.5, and not 1.0 of waiting with 1.5 on top
+
+
+def test_a_key_that_a_server_repeats_is_not_in_the_note(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sesame")
+    reply, _ = asked_once('401 {"error": "no such key: sesame"}', key_variable="JUDGE_KEY")
+    assert reply.note == f"{SERVER_ERROR}: status 401: 'no such key: (key)'"
 
 
 def test_an_open_breaker_is_not_copied():

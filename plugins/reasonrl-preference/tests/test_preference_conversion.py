@@ -181,3 +181,14 @@ def test_open_clip_weights_want_an_architecture_with_gelu(tmp_path, build_clip):
     torch.save(open_clip_weights(CLIPConfig.from_pretrained(quick)), tmp_path / "hps.pt")
     with pytest.raises(ConfigError, match="computes \\['quick_gelu'\\], but open_clip's ViT-H-14 gelu"):
         encoder(quick, device=None, dtype="float32", weights=str(tmp_path / "hps.pt"))
+
+
+def test_positions_of_another_picture_size_are_named(tiny_clip, tmp_path):
+    weights = open_clip_weights(CLIPConfig.from_pretrained(tiny_clip))
+    weights["visual.positional_embedding"] = torch.zeros(10, 48)
+    torch.save(weights, tmp_path / "wider.pt")
+    with pytest.raises(
+        ConfigError, match=r"wider\.pt does not fit.*vision_model\.embeddings\.position_embedding"
+    ) as caught:
+        encoder(tiny_clip, device=None, dtype="float32", weights=str(tmp_path / "wider.pt"))
+    assert "\n" not in str(caught.value)

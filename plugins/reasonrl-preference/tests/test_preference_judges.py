@@ -336,3 +336,11 @@ def test_the_python_blocks_of_the_readme_run():
     assert blocks
     for block in blocks:
         exec(block, {})  # noqa: S102 - our own page
+
+
+@pytest.mark.parametrize("content", [b"hello", b"<html></html>", b"version https://git-lfs.github.com/spec/v1", b""])
+def test_a_page_or_a_pointer_in_place_of_weights_is_named_as_such(tiny_clip, tmp_path, drawn, content):
+    path = tmp_path / "page.pt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"page\.pt is no file of tensors"):
+        HPS(str(path), tiny_clip).judge([of(drawn)])

@@ -10,6 +10,13 @@ from attrs import frozen
 from reasonrl import ConfigError, Judge, PointwiseJudge, Score, Term, Verdict
 
 
+class TwoWordsError(Exception):
+    """Cannot be unpickled: its constructor wants more than its message."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+
+
 @frozen
 class Odd(PointwiseJudge):
     """Does what the prompt's text says, else returns the length of the reasoning and the process's id as the cost."""
@@ -31,6 +38,8 @@ class Odd(PointwiseJudge):
             raise ConfigError("judge.url is 'x': give a URL")
         if text == "broken":
             raise ZeroDivisionError("a bug\nof the judge")
+        if text == "unpicklable":
+            raise TwoWordsError("out of", "memory")
         if text == "unscored":
             return Score(None, "refused: no comment", {"calls": 2.0})
         return Score(len(trajectory.reasoning or "") / 100, "", {"calls": 1.0, "pid": float(os.getpid())})

@@ -164,6 +164,11 @@ def test_any_other_exception_of_the_judge_is_a_judge_error_of_one_line(on_two):
         on_two.judge(rows("broken"))
 
 
+def test_an_exception_that_does_not_pickle_is_no_death_of_the_actor(on_two):
+    with pytest.raises(JudgeError, match=r"^judge Odd raised TwoWordsError: out of memory on Ray$"):
+        on_two.judge(rows("unpicklable"))
+
+
 def test_an_unscored_part_of_a_sum_leaves_the_sum_unscored(odd_judge):
     """The first batch of a pool has no verdict to imitate, and still must not vanish from an expression."""
     with pool(odd_judge, num_actors=1, max_restarts=0) as judge:

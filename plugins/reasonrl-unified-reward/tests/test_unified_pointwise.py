@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from reasonrl_unified_reward import UnifiedReward, UnifiedRewardPairwise
-from reasonrl_unified_reward.wording import marks
+from reasonrl_unified_reward.wording import first_wins, marks
 
 from reasonrl import Prompt, Trajectory
 from reasonrl.judges.vlm import VLM, Reply, Text
@@ -173,3 +173,14 @@ def test_the_python_blocks_of_the_readme_run():
     assert blocks
     for block in blocks:
         exec(block, {})  # noqa: S102 - our own page
+
+
+@pytest.mark.parametrize(
+    "start", ["alignment score", "x\n", "- ", "<answer>", "", "image 1 is better", "Alignment Score: 4"]
+)
+@pytest.mark.parametrize("filler", [" ", "\n", "* "])
+def test_a_reply_of_a_million_spaces_is_read_within_the_limit_of_a_test(start, filler):
+    """Where a run of spaces can be divided in two ways, reading takes the square of its length: days."""
+    text = f"{start}{filler * 1_000_000}x"
+    assert marks(text, ("alignment",))[1].startswith("unparseable") or start == "Alignment Score: 4"
+    assert first_wins(text)[0] is None

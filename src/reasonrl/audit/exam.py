@@ -24,7 +24,7 @@ from reasonrl.audit.asking import (
     score_names,
 )
 from reasonrl.audit.graded import EXACT, QUALITIES, SIDES, Graded, graded_set
-from reasonrl.audit.injection import FAMILIES, IN_NAMES, Variant, attacks
+from reasonrl.audit.injection import ATTACKS, FAMILIES, IN_NAMES, LENGTH, Variant, attacks
 from reasonrl.audit.labels import Label, read_labels
 from reasonrl.audit.statistics import Agreement, Figure, Order, Retest, agreement, chance, mean, order, retest
 from reasonrl.config import to_record
@@ -35,7 +35,7 @@ from reasonrl.types import Verdict
 
 NOT_A_SCENE = "not a drawn scene"
 """How an exact judge's note begins where a picture is not of 64 pixels."""
-BY_CHANCE = 0.05 / len(FAMILIES)
+BY_CHANCE = 0.05 / len(ATTACKS)
 """Most often that a lift may come of random signs: there are ten families to be wrong about."""
 OFTEN = 0.25
 """Share of the prompts from which text in names counts, whatever its mean: a hostile name is wrong, and costs."""
@@ -47,7 +47,7 @@ class Plan:
 
     num: int = field(default=24, validator=validators.ge(0))
     """Prompts, of 8 to 11 trajectories each; 0 = labels alone."""
-    seed: int = 0
+    seed: int = field(default=0, validator=validators.ge(0))
     side: int | None = None
     """Pixels of a picture; None = 448, or 64 where the judge reads drawn scenes alone."""
     against: tuple[str, ...] = field(default=())
@@ -102,7 +102,7 @@ class Scored:
     """None = a pointwise judge: it sees one trajectory at a time."""
     attacks: Mapping[str, Lift]
     padding: Figure
-    """Mean change by neutral text beside the plan."""
+    """Mean change by 1,000 characters of neutral text beside the plan."""
 
     def allowed(self, share: float) -> float:
         """Returns a share of the score's range, in its units."""
@@ -119,7 +119,9 @@ class Audit:
     scores: Mapping[str, Scored]
     people: Mapping[str, Agreement]
     unscored: float | None
-    """Share of graded trajectories without a reward."""
+    """Share of graded trajectories without a reward; None = there were none."""
+    unscored_labels: float | None
+    """Share of people's labels without a reward; None = there were none."""
     reasons: Mapping[str, int]
     """Abstentions by "score: reason", over everything judged."""
     cost: Cost
@@ -163,8 +165,9 @@ def measure(judge: Judge, plan: Plan, *, quiet: bool = True) -> Audit:
         "labels": len(labels),
         **asdict(plan, filter=lambda attribute, _: attribute.name not in ("side", "labels")),
     }
-    people = _with_people(panel, labels, plan) if labels else {}
-    return Audit(about, scores, people, unscored, dict(panel.reasons.most_common()), panel.bill(retest_hits=hits))
+    people, silent = _with_people(panel, labels, plan) if labels else ({}, None)
+    reasons = dict(panel.reasons.most_common())
+    return Audit(about, scores, people, unscored, silent, reasons, panel.bill(retest_hits=hits))
 
 
 # ---- on graded scenes ----
@@ -196,8 +199,13 @@ def _on_scenes(panel: Panel, plan: Plan) -> tuple[dict[str, Scored], float, floa
             against=against,
             plan=plan,
         )
-    rewards = zip(*(once[name] for name in rewards_of(judge)), strict=True)
-    return scores, sum(None in row for row in rewards) / len(graded), hits, side
+    return scores, _without_reward(judge, once), hits, side
+
+
+def _without_reward(judge: Judge, columns: Mapping[str, Column]) -> float:
+    """Returns the share of rows in which a reward is None."""
+    rows = list(zip(*(columns[name] for name in rewards_of(judge)), strict=True))
+    return sum(None in row for row in rows) / len(rows)
 
 
 def _side(panel: Panel, graded: Sequence[Graded], plan: Plan) -> int:
@@ -306,22 +314,23 @@ def _average(values: Sequence[float | None]) -> float | None:
 def _lifts(
     attacked: Sequence[tuple[Variant, float | None]], tolerance: float, seed: int
 ) -> tuple[dict[str, Lift], Figure]:
-    """Returns the lift of every family, and the change by neutral text beside the plan."""
+    """Returns the lift of every attack, and the change by much neutral text beside the plan."""
     table: dict[tuple[str, str], dict[str, float | None]] = {}
     for variant, value in attacked:
         table.setdefault((variant.family, variant.source), {})[variant.role] = value
     found: dict[str, Lift] = {}
-    padded: list[tuple[float, str]] = []
+    padding = mean([], [], seed=seed)
     for family in FAMILIES:
         rows = {source: row for (name, source), row in table.items() if name == family and None not in row.values()}
         clean, hostile, neutral = (
             np.array([row[role] for row in rows.values()], np.float64) for role in ("clean", "hostile", "neutral")
         )
+        if family == LENGTH:
+            padding = mean((hostile - clean).tolist(), list(rows), seed=seed)
+            continue
         often = OFTEN if family in IN_NAMES else 1.0
         found[family] = _lift(clean, hostile, neutral, list(rows), tolerance, seed, often=often)
-        if family not in IN_NAMES:
-            padded += zip((neutral - clean).tolist(), rows, strict=True)
-    return found, mean([change for change, _ in padded], [source for _, source in padded], seed=seed)
+    return found, padding
 
 
 def _lift(
@@ -357,8 +366,8 @@ def exceeds(figure: Figure, tolerance: float) -> bool:
 # ---- with people ----
 
 
-def _with_people(panel: Panel, labels: Sequence[Label], plan: Plan) -> dict[str, Agreement]:
-    """Returns the agreement of every score with people's; pictures are held a chunk at a time."""
+def _with_people(panel: Panel, labels: Sequence[Label], plan: Plan) -> tuple[dict[str, Agreement], float]:
+    """Returns each score's agreement with people's, and the share without a reward; holds a chunk's pictures."""
     verdicts: list[Verdict] = []
     for part in chunks(labels, lambda label: label.group):
         members: Counter[str] = Counter()
@@ -370,4 +379,5 @@ def _with_people(panel: Panel, labels: Sequence[Label], plan: Plan) -> dict[str,
     scores = [label.score for label in labels]
     groups = [label.group for label in labels]
     columns = said(panel.judge, verdicts, score_names(panel.judge, verdicts))
-    return {name: _agreed(values, scores, groups, plan.seed) for name, values in columns.items()}
+    agreed = {name: _agreed(values, scores, groups, plan.seed) for name, values in columns.items()}
+    return agreed, _without_reward(panel.judge, columns)

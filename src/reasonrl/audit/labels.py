@@ -128,11 +128,12 @@ def _inside(name: str, folder: Path) -> Path:
     """Returns the picture's path; DataError where it leads out of the folder, by name or by link."""
     try:
         root, found = folder.resolve(), (folder / name).resolve()
+        exists = found.is_file()
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"no path: {_short(name)}") from error
     if not found.is_relative_to(root):
         raise DataError(f"image {_short(name)} is outside the file's folder")
-    if not found.is_file():
+    if not exists:
         raise DataError(f"no image {_short(name)}")
     return found
 
@@ -142,6 +143,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise DataError(f"image {path.name!r} has {image.width}x{image.height} pixels")

@@ -17,6 +17,8 @@ TIE = 1e-9
 NUM_RESAMPLES = 1000
 FEWEST = 4
 """Prompts that an interval needs; with fewer there is none."""
+MOST_BLOCKS = 400
+"""Beyond so many prompts, τ and ρ over all pairs resample blocks of prompts: tables grow by the square."""
 _EXACT_FLIPS = 12
 
 Floats = NDArray[np.float64]
@@ -115,8 +117,11 @@ def agreement(x: Sequence[float], y: Sequence[float], groups: Sequence[object], 
     size = int(labels.max()) + 1 if len(labels) else 0
     weights = _resamples(size, seed)
     once = np.ones((1, size))
-    blocks = _blocks(ranks_x, ranks_y, labels)
-    pairs = [np.diagonal(block) for block in blocks]
+    parts = labels % MOST_BLOCKS
+    blocks = _blocks(ranks_x, ranks_y, parts)
+    by_part = weights if size <= MOST_BLOCKS else _resamples(MOST_BLOCKS, seed)
+    whole = np.ones((1, min(size, MOST_BLOCKS)))
+    pairs = [np.array([block.sum() for block in each]) for each in _pair_signs(ranks_x, ranks_y, labels)]
     ranked = _rank_sums(ranks_x, ranks_y, labels)
     both, mine, theirs = pairs
     several = np.bincount(labels, minlength=size) > 1
@@ -124,8 +129,8 @@ def agreement(x: Sequence[float], y: Sequence[float], groups: Sequence[object], 
     return Agreement(
         n=len(labels),
         num_groups=size,
-        kendall=_figure(_tau(blocks, once), _tau(blocks, weights)),
-        spearman=_figure(_rho(ranks_x, ranks_y, once[:, labels]), _rho(ranks_x, ranks_y, weights[:, labels])),
+        kendall=_figure(_tau(blocks, whole), _tau(blocks, by_part)),
+        spearman=_figure(_rho(ranks_x, ranks_y, whole[:, parts]), _rho(ranks_x, ranks_y, by_part[:, parts])),
         within_tau=ratio(both, theirs, seed=seed),
         within_kendall=_figure(_pooled(pairs, once), _pooled(pairs, weights)),
         within_spearman=_figure(_pooled(ranked, once), _pooled(ranked, weights)),
@@ -314,10 +319,12 @@ def _rho(x: Ranks, y: Ranks, weights: Floats) -> Floats:
 
 def _average_ranks(ranks: Ranks, weights: Floats) -> Floats:
     """Returns each observation's rank among all, ties their mean, up to a constant."""
-    level = np.zeros((len(ranks), int(ranks.max()) + 1 if len(ranks) else 0))
-    level[np.arange(len(ranks)), ranks] = 1
-    many = weights @ level
-    average: Floats = (np.cumsum(many, 1) - many / 2)[:, ranks]
+    order = np.argsort(ranks, kind="stable")
+    begins = np.diff(ranks[order], prepend=-1) > 0
+    many = np.add.reduceat(weights[:, order], np.flatnonzero(begins), axis=1) if len(ranks) else weights
+    level = np.empty(len(ranks), np.int64)
+    level[order] = np.cumsum(begins) - 1
+    average: Floats = (np.cumsum(many, 1) - many / 2)[:, level]
     return average
 
 

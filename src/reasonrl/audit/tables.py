@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rich.table import Table
 from rich.text import Text
 
 from reasonrl.audit.exam import Audit, Lift, Scored
 from reasonrl.audit.graded import EXACT, QUALITIES
-from reasonrl.audit.injection import FAMILIES
+from reasonrl.audit.injection import ATTACKS
 from reasonrl.audit.statistics import Agreement, Figure
-from reasonrl.audit.verdict import formula
+from reasonrl.audit.verdict import formula, signed
 from reasonrl.errors import CheckpointError
 from reasonrl.folder import write_json
 
@@ -39,12 +40,19 @@ def rendered(audit: Audit) -> Iterator[Table]:
 def write(audit: Audit, directory: Path) -> Path:
     """Writes audit.json, every figure, and returns its path; raises CheckpointError where it cannot."""
     path = directory / "audit.json"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
+    prepare(directory)
     write_json(path, audit.record())
     return path
+
+
+def prepare(directory: Path) -> None:
+    """Makes the folder of an audit; raises CheckpointError where nothing can be written into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}; give another --out") from error
 
 
 def _agreement(title: str, found: Mapping[str, Agreement], audit: Audit) -> Table:
@@ -106,9 +114,9 @@ def _repeated(scores: Mapping[str, Scored]) -> Table:
 
 def _attacks(scores: Mapping[str, Scored]) -> Table:
     table = _table("change by hostile text: over the clean plan / over as much neutral text", "attack", *scores)
-    for family in FAMILIES:
+    for family in ATTACKS:
         table.add_row(family, *(_lift(found.attacks[family]) for found in scores.values()))
-    table.add_row("(neutral text)", *(_signed(found.padding) for found in scores.values()))
+    table.add_row("(1,000 characters that say nothing)", *(_signed(found.padding) for found in scores.values()))
     return table
 
 
@@ -121,11 +129,11 @@ def _spent(audit: Audit) -> Table:
     table = _table("what it took", "", "")
     cost = audit.cost
     table.add_row("judged trajectories", str(cost.judged))
-    table.add_row("seconds", f"{cost.seconds:.1f}")
+    table.add_row("seconds waited", f"{cost.seconds:.1f}")
     table.add_row("trajectories a second", _number(cost.trajectories_per_s))
     table.add_row("calls a second", _number(cost.calls_per_s))
     for name, amount in cost.cost.items():
-        table.add_row(Text(name), f"{amount:,.0f}" if amount == int(amount) else f"{amount:,.1f}")
+        table.add_row(Text(f"{name}, added up"), f"{amount:,.0f}" if amount == int(amount) else f"{amount:,.1f}")
     for why, times in audit.reasons.items():
         table.add_row(Text(f"abstained, {why}"), str(times))
     return table
@@ -147,4 +155,4 @@ def _number(value: float | None) -> str:
 
 
 def _signed(figure: Figure) -> str:
-    return NOT_KNOWN if figure.value is None else f"{figure.value:+.2f}"
+    return NOT_KNOWN if figure.value is None else signed(figure.value)

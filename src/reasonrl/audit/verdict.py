@@ -44,7 +44,9 @@ def _findings(audit: Audit, plan: Plan) -> Iterator[Finding]:
         if name in audit.people:
             yield _agreement(f"{name} against people", audit.people[name], plan)
     if audit.unscored is not None:
-        yield _unscored(audit, plan)
+        yield _unscored("graded scenes", audit.unscored, audit, plan)
+    if audit.unscored_labels is not None:
+        yield _unscored("labels", audit.unscored_labels, audit, plan)
     if audit.cost.retest_hits:
         yield Finding(
             True,
@@ -55,7 +57,8 @@ def _findings(audit: Audit, plan: Plan) -> Iterator[Finding]:
         yield from _order(name, audit.scores[name], plan)
     if audit.scores:
         yield _attacks(audit)
-        yield _padding(audit, plan)
+        if any(found.padding.value is not None for found in audit.scores.values()):
+            yield _padding(audit, plan)
 
 
 def _agreement(what: str, found: Agreement, plan: Plan) -> Finding:
@@ -74,19 +77,21 @@ def _why(found: Agreement) -> str:
     return "nothing was scored" if not found.n else "one of the two is the same everywhere"
 
 
-def _unscored(audit: Audit, plan: Plan) -> Finding:
-    share = audit.unscored or 0.0
+def _unscored(what: str, share: float, audit: Audit, plan: Plan) -> Finding:
     why = "; ".join(f"{reason} ({times}x)" for reason, times in list(audit.reasons.items())[:3])
     return Finding(
         share <= plan.max_unscored,
-        f"{share:.0%} of graded scenes have no reward, at most {plan.max_unscored:.0%} allowed{': ' * bool(why)}{why}",
+        f"{share:.0%} of {what} have no reward, at most {plan.max_unscored:.0%} allowed{': ' * bool(why)}{why}",
     )
 
 
 def _order(name: str, found: Scored, plan: Plan) -> Iterator[Finding]:
-    if found.order is None:
+    if found.order is None or not found.overall.n:  # nothing scored is a finding of its own
         return
     allowed = found.allowed(plan.tolerance)
+    if found.order.excess.value is None:
+        yield Finding(False, f"{name}: nothing was scored in both orders, so nothing is known of order")
+        return
     yield Finding(
         not exceeds(found.order.excess, allowed),
         f"{name}: moving members of a group changes a score by {found.order.excess} more than asking twice, at most"
@@ -107,12 +112,18 @@ def _attacks(audit: Audit) -> Finding:
         return Finding(False, "hostile text: no attacked plan was scored, so nothing is known")
     most, family, name = max(known)
     return Finding(
-        True, f"hostile text in the plan raises no score beyond tolerance; most: {name} by {most:+.3f} ({family})"
+        True,
+        f"hostile text in the plan raises no score beyond tolerance and chance; most: {name} by {most:+.3f} ({family})",
     )
 
 
 def _gain(figure: Figure) -> str:
-    return "?" if figure.value is None else f"{figure.value:+.2f}"
+    return "?" if figure.value is None else signed(figure.value)
+
+
+def signed(value: float) -> str:
+    """Returns a change with its sign: two decimals, or one digit where those would be zeros."""
+    return f"{value:+.2f}" if abs(value) >= 0.005 or abs(value) < 1e-9 else f"{value:+.0e}"
 
 
 def _least(*figures: Figure) -> float | None:

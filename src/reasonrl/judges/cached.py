@@ -126,7 +126,7 @@ class _Now:
     def __init__(self) -> None:
         self.rests_until = 0.0
         self._lock = threading.Lock()
-        self._asking: dict[bytes, Future[Reply | None]] = {}
+        self._asking: dict[int, dict[bytes, Future[Reply | None]]] = {}
         self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,15 +135,16 @@ class _Now:
     def claim(self, keys: Iterable[bytes]) -> tuple[list[bytes], dict[bytes, Future[Reply | None]]]:
         """Returns the keys that are the caller's to ask, and what others will have asked."""
         with self._lock:
-            theirs = {key: self._asking[key] for key in keys if key in self._asking}
+            asking = self._asking.setdefault(os.getpid(), {})  # a forked process never hears what its parent was told
+            theirs = {key: asking[key] for key in keys if key in asking}
             mine = [key for key in keys if key not in theirs]
-            self._asking.update({key: Future() for key in mine})
+            asking.update({key: Future() for key in mine})
         return mine, theirs
 
     def settle(self, keys: Iterable[bytes], replies: Mapping[bytes, Reply]) -> None:
         """Tells those who wait; None = it was not asked after all."""
         with self._lock:
-            settled = {key: self._asking.pop(key) for key in keys}
+            settled = {key: self._asking[os.getpid()].pop(key) for key in keys}
         for key, future in settled.items():
             future.set_result(replies.get(key))
 
@@ -238,6 +239,7 @@ def _connected(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
     try:
         # Readers and one writer at a time; a crash loses the last replies at most, and breaks nothing.
+        database.text_factory = bytes  # a row that is no text must not fail the rows beside it
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=NORMAL")
         database.execute(
@@ -257,10 +259,10 @@ def _again(reply: Reply) -> Reply:
 def _reply(text: object) -> Reply | None:
     """What was written, or None for what was not: a file is as untrusted as a server."""
     try:
-        said, top = json.loads(text) if isinstance(text, str) else (None, None)
+        said, top = json.loads(text) if isinstance(text, bytes) else (None, None)
     except (ValueError, TypeError, RecursionError):
         return None
-    numbers = top is None or (isinstance(top, dict) and all(isinstance(value, float) for value in top.values()))
+    numbers = top is None or (isinstance(top, dict) and all(type(value) in (int, float) for value in top.values()))
     return Reply(said, top, cost=_HIT) if isinstance(said, str) and numbers else None
 
 

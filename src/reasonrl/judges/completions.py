@@ -36,9 +36,9 @@ def request_body(question: Question, parts: Sequence[str], *, settings: Mapping[
 
     The parts are JSON already: a picture's hundreds of kilobytes are escaped once, not for each question about it.
     """
-    said = json.dumps({"type": "text", "text": question.prompt})
+    said = json.dumps({"type": "text", "text": _clean(question.prompt)})  # a tokenizer takes no half of a pair
     user = f'{{"role": "user", "content": [{", ".join((*parts, said))}]}}'
-    system = f"{json.dumps({'role': 'system', 'content': question.system})}, " if question.system else ""
+    system = f"{json.dumps({'role': 'system', 'content': _clean(question.system)})}, " if question.system else ""
     return f'{{"messages": [{system}{user}], {json.dumps(dict(settings))[1:]}'.encode()
 
 

@@ -16,6 +16,7 @@ from einops import rearrange
 
 from reasonrl.errors import CheckpointError, ConfigError
 from reasonrl.judges.grounding import MOST_BOXES, Found, Locator, Sight, box_of
+from reasonrl.judges.local_model import LOADING
 from reasonrl.plan import Box, plain_name
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def distinct(boxes: Iterable[Box], most_overlap: float) -> tuple[Box, ...]:
 
 
 def searched(name: str) -> str:
-    """Returns a name as it is looked for: `plain_name`, without the stops that separate names in a query."""
-    return plain_name(re.sub(r"[.?;!]+", " ", name[:LONGEST_NAME]))
+    """Returns a name as it is looked for: `plain_name`, without what ends or separates names in a query."""
+    return plain_name(re.sub(r"[.?;!<>|\[\]]+", " ", name[:LONGEST_NAME]))
 
 
 @frozen(eq=False)
@@ -193,8 +194,13 @@ def _squared(image: Image) -> Image:
     return square
 
 
-@lru_cache(maxsize=2)
 def _loaded(checkpoint: str, revision: str | None, device: str) -> _Eyes:
+    with LOADING:
+        return _load(checkpoint, revision, device)
+
+
+@lru_cache(maxsize=2)
+def _load(checkpoint: str, revision: str | None, device: str) -> _Eyes:
     import torch
     from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 

@@ -97,7 +97,8 @@ NOTHING_ASKED = "no relation or count: the prompt names none that boxes could sh
 class PlanGeometry(PointwiseJudge):
     """R_spa by calculation, in [0.1, 1]: the prompt's relations and counts against the planned boxes; no boxes are 0.
 
-    Free and exact, for prompts that `read_prompt` reads; blind to everything else.
+    Free and exact, for prompts that `read_prompt` reads; blind to everything else: objects that nobody asked for cost
+    nothing here, which is `Semantic`'s matter.
     """
 
     without: float | None = _WITHOUT

@@ -25,6 +25,7 @@ from reasonrl.judges.vlm import (
     Coordinates,
     Question,
     Reply,
+    Text,
     quoted,
     shown,
     strict_json,
@@ -102,6 +103,11 @@ FRAMES: Mapping[Coordinates, str] = {
     "thousandths": " Coordinates run from 0 to 1000, along the picture's width and along its height.",
     "locations": "",
 }
+TOKENS = Text(
+    "Answer with the location tokens of each of them and nothing else, or with none where there is none.",
+    Boxes().max_tokens,
+)
+"""What is asked for instead of JSON where a family writes location tokens: held to JSON it could not write them."""
 
 
 @final
@@ -137,7 +143,8 @@ class VLMBoxes(Locator):
             f"Find everything in this picture that these words name:\n{quoted('name', name)}\n"
             f"Report one box for each of them, close around all of it that is visible.{frame}"
         )
-        return Question(SYSTEM, text, (picture,), answer=Boxes(), version=VERSION)
+        answer = TOKENS if self.vlm.coordinates == "locations" else Boxes()
+        return Question(SYSTEM, text, (picture,), answer=answer, version=VERSION)
 
 
 def fitted(image: Image, largest_side: int) -> Image:
@@ -231,7 +238,11 @@ _TOKEN = re.compile(r"<loc(_?)([0-9]{1,4})>")
 
 def _located(text: str) -> list[list[float]]:
     """Returns boxes of location tokens, in fractions: Florence-2's <loc_x0><loc_y0>.., or PaliGemma's <locYYYY>.."""
+    if text.strip().rstrip(".").lower() == "none":
+        return []
     runs = [_TOKEN.findall(run) for run in _RUN.findall(text)]
+    if not runs and strict_json(text) == []:
+        return []
     styles = {mark for run in runs for mark, _ in run}
     if len(styles) != 1 or any(len(run) % 4 for run in runs):
         raise ValueError(f"expected location tokens of one kind, by fours, got {shown(text)}")

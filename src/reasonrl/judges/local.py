@@ -101,10 +101,12 @@ class Local(VLM):
         if not questions:
             return []
         model = loaded(*self._settings)
-        asked = [Asked(k, q, model.rendered(q)) for k, q in enumerate(questions)]
+        with model.lock:  # a tokenizer pads as it was told last: callers at once would undo each other's padding
+            asked = [Asked(k, q, model.rendered(q)) for k, q in enumerate(questions)]
+            lengths = [model.estimated_tokens(a) + a.max_tokens for a in asked]
         pixels = (self.box_coordinates or BOXES_OF.get(model.kind)) == "pixels"
         replies: dict[int, Reply] = {}
-        for batch in _batches(asked, model, self.batch_tokens):
+        for batch in _batches(asked, lengths, self.batch_tokens):
             replies |= _answered(model, batch, pixels=pixels)
         return [replies[k] for k in range(len(questions))]
 
@@ -117,9 +119,8 @@ class Local(VLM):
 # ---- asking ----
 
 
-def _batches(asked: Sequence[Asked], model: Model, limit: int) -> Iterator[list[Asked]]:
-    """Yields questions of one kind and similar length, as many as fit; one question always does."""
-    lengths = {a.place: model.estimated_tokens(a) + a.max_tokens for a in asked}
+def _batches(asked: Sequence[Asked], lengths: Sequence[int], limit: int) -> Iterator[list[Asked]]:
+    """Yields questions of one kind and similar length, as many as fit; one question always does. Lengths by place."""
     for kind in dict.fromkeys(a.kind for a in asked):
         batch: list[Asked] = []
         alike = [a for a in asked if a.kind == kind]

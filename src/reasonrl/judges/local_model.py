@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,13 +83,33 @@ class Model:
             yield
 
     def rendered(self, question: Question) -> str:
-        """Returns the prompt in the model's own markup, placeholders for pictures."""
-        said: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
-        conversation = [{"role": "user", "content": [*said, {"type": "text", "text": question.prompt}]}]
+        """Returns the prompt in the model's own markup, placeholders for pictures.
+
+        Where a template refuses a system's turn, leaves it out or prints it as Python would, the user says it first.
+        ConfigError where it refuses that, too.
+        """
+        from jinja2 import TemplateError
+
+        pictures = [{"type": "image"} for _ in question.images]
+        system = [{"type": "text", "text": question.system}]
         if question.system:
-            conversation.insert(0, {"role": "system", "content": [{"type": "text", "text": question.system}]})
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        return str(text)
+            with suppress(TemplateError):
+                user = [*pictures, {"type": "text", "text": question.prompt}]
+                text = self._templated(("system", system), ("user", user))
+                if question.system in text and str(system) not in text:
+                    return text
+        both = "\n\n".join(filter(None, (question.system, question.prompt)))
+        try:
+            return self._templated(("user", [*pictures, {"type": "text", "text": both}]))
+        except TemplateError as error:
+            why = " ".join(str(error).split())
+            raise ConfigError(
+                f"the chat template of {self.kind} refuses a question ({why}): give an instruction-tuned model"
+            ) from error
+
+    def _templated(self, *turns: tuple[str, list[dict[str, str]]]) -> str:
+        conversation = [{"role": role, "content": content} for role, content in turns]
+        return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
 
     def estimated_tokens(self, asked: Asked) -> int:
         """Returns about how many tokens a prompt has."""
@@ -187,12 +207,13 @@ def _log_add(a: float, b: float) -> float:
 
 # ---- loading ----
 
-_LOADING = threading.Lock()
+LOADING = threading.Lock()
+"""Held by whoever loads weights: loading changes torch's default dtype, and two at once could leave it changed."""
 
 
 def loaded(checkpoint: str, revision: str | None, dtype: Dtype, device: str) -> Model:
     """Returns the model of these settings, the same one each time; CheckpointError where it cannot be loaded."""
-    with _LOADING:  # lru_cache alone would let two threads load the same weights
+    with LOADING:  # lru_cache alone would let two threads load the same weights
         return _load(checkpoint, revision, dtype, device)
 
 

@@ -7,12 +7,15 @@ The first caller starts it, the last one stops it, and nothing is left: no threa
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, final
+
+from attrs import define, field
 
 from reasonrl.judges.retries import Breaker
 
@@ -22,36 +25,55 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@define(eq=False)
+class _Users:
+    """Those who ask in one process."""
+
+    breaker: Breaker
+    draw: random.Random = field(factory=random.Random)
+    """Its own: jitter must not move the draws of a run."""
+    lock: threading.Lock = field(factory=threading.Lock)
+    number: int = 0
+    session: Session | None = None
+
+
 @final
 class Shared:
-    """The breaker, and the session of those who ask now. A copy, or a pickled one, starts afresh."""
+    """The breaker, and the session of those who ask now. A copy, a pickled one or a forked one starts afresh."""
 
     def __init__(self, concurrency: int, breaker: Callable[[], Breaker], secure: bool) -> None:
-        self.breaker = breaker()
-        self.draw = random.Random()  # its own: jitter must not move the draws of a run
         self._arguments = (concurrency, breaker, secure)
-        self._lock = threading.Lock()
-        self._num_users = 0
-        self._session: Session | None = None
+        self._processes: dict[int, _Users] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Shared, self._arguments)
 
+    @property
+    def users(self) -> _Users:
+        """Those of this process: a forked one has its parent's memory, and none of its threads."""
+        found = self._processes.get(os.getpid())
+        return found or self._processes.setdefault(os.getpid(), _Users(self._arguments[1]()))
+
+    @property
+    def breaker(self) -> Breaker:
+        """Lets attempts through, or holds them back."""
+        return self.users.breaker
+
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Yields the session, which lives until the last of its users leaves."""
-        with self._lock:
+        users = self.users
+        with users.lock:
             concurrency, _, secure = self._arguments
-            self._session = self._session or Session(concurrency, secure=secure)
-            self._num_users += 1
-            session = self._session
+            session = users.session = users.session or Session(concurrency, secure=secure)
+            users.number += 1
         try:
             yield session
         finally:
-            with self._lock:
-                self._num_users -= 1
-                if not self._num_users:
-                    self._session = None
+            with users.lock:
+                users.number -= 1
+                if not users.number:
+                    users.session = None
                     session.close()
 
 

@@ -63,7 +63,7 @@ _BREAKS = _set(
     "and or but while with without in on at of to from by for into onto over under underneath beneath below above"
     " near beside next behind between among along alongside around across against through inside within outside"
     " toward towards down up off past during away like as than where who which that there here left right top bottom"
-    " close adjacent front both all"
+    " close adjacent front both all not never"
 )
 _VERBS = _set(
     "is are was were be been being has have had do does did can could will would may sit sits sat stand stands"
@@ -133,7 +133,8 @@ def _is_noun_like(tokens: Sequence[str], i: int, words: Sequence[str], number: i
     if word in _VERBS or word.endswith("ly"):
         return False
     # "a cup filled ..", "one dog jumps over .."; but "a swimming pool", "one glass vase".
-    last = i + 1 == len(tokens) or not tokens[i + 1][0].isalpha() or tokens[i + 1] in _BREAKS | _DETERMINERS
+    following = tokens[i + 1] if i + 1 < len(tokens) else "."
+    last = not following[0].isalpha() or following in _BREAKS | _DETERMINERS or following in NUMBERS
     verbal = word.endswith("ed") or (last and (word.endswith("ing") or (number == 1 and singular(word) != word)))
     return not verbal or word in _NOT_VERBS
 
@@ -142,10 +143,14 @@ def _named(words: Sequence[str]) -> str:
     return " ".join([*words[:-1], singular(words[-1])])
 
 
+_NEGATED = re.compile(r"\b(?:not|never|\w+n['’]t)\b")
+
+
 def _relations(text: str) -> Iterator[tuple[str, Relation, str]]:
     """Yields each relation between the noun phrases on its two sides, from left to right.
 
-    "a cup on a plate" is none: "on" alone has no phrase. Behind "and", a relation has the subject before it.
+    "a cup on a plate" is none: "on" alone has no phrase; nor is one behind "not". Behind "and", a relation has the
+    subject before it.
     """
     subject: str | None = None
     while found := find_relation(text):
@@ -153,7 +158,7 @@ def _relations(text: str) -> Iterator[tuple[str, Relation, str]]:
         clause = re.split(r"[,;:.]|\band\b", left.lower())[-1]
         subject = _first_noun(_tokens(clause)) or subject
         other = _first_noun(_tokens(text))
-        if subject and other:
+        if subject and other and not _NEGATED.search(clause):
             yield subject, relation, other
 
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, final
+from urllib.parse import urlsplit
 
 from attrs import Factory, evolve, field, frozen, validators
 
@@ -69,6 +70,21 @@ def _bare(url: str) -> str:
     return url.rstrip("/")
 
 
+def _check_address(url: str) -> None:
+    """Raises ConfigError for what no request can be sent to."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"url must begin with http:// or https://, got {url!r}: http://127.0.0.1:8000/v1")
+    if "@" in url.split("/")[2]:
+        raise ConfigError("url must be without a user and a password, which recipes would tell: use key_variable")
+    try:
+        parts = urlsplit(url)
+        there = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half a bracket
+        there = False
+    if not there or not url.isascii() or not url.isprintable() or set(" ?#") & set(url):
+        raise ConfigError(f"url must be a host, a port and a path in ASCII, got {url!r}: http://127.0.0.1:8000/v1")
+
+
 @final
 @frozen
 class Server(VLM):
@@ -113,7 +129,7 @@ class Server(VLM):
     backoff_s: float = field(default=0.5, validator=validators.ge(0.0))
     """The first retry comes after up to so long, each next one after up to twice that."""
     most_backoff_s: float = field(default=30.0, validator=validators.ge(0.0))
-    """The most that is waited, also where Retry-After asks for more."""
+    """The most of a backoff; and of what Retry-After asks for, on top of which a backoff comes."""
     max_reply_bytes: int = field(default=1_000_000, validator=validators.ge(1))
     breaker_window: int = field(default=20, validator=validators.ge(1))
     """Of so many attempts, the last ones, `breaker_share` failed to reach the server: then it counts as gone, and
@@ -124,8 +140,7 @@ class Server(VLM):
     _shared: Shared = field(init=False, eq=False, repr=False, default=Factory(_begun, takes_self=True))
 
     def __attrs_post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"url must begin with http:// or https://, got {self.url!r}: http://127.0.0.1:8000/v1")
+        _check_address(self.url)
 
     @property
     def identity(self) -> str:
@@ -161,7 +176,7 @@ class Server(VLM):
     def _headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"Content-Type", b"application/json"), (b"Accept-Encoding", b"identity")]
         if self.key_variable:
-            key = os.environ.get(self.key_variable, "")
+            key = os.environ.get(self.key_variable, "").strip()
             if not key or not key.isascii() or not key.isprintable():
                 raise ConfigError(f"key_variable {self.key_variable} holds no API key: set it, or key_variable=''")
             headers.append((b"Authorization", f"Bearer {key}".encode()))
@@ -220,16 +235,16 @@ class _Call:
         body = request_body(question, parts, settings=self.server.body_settings(question))
         async with self.session.place() as place:
             begin = time.monotonic()
-            found = await self.attempt(place, body, question, left_s=self.server.deadline_s)
+            until = begin + self.server.deadline_s
+            found = await self.attempt(place, body, question, until=until)
         num_attempts = 1
         while isinstance(found, _Fault) and found.again and num_attempts < self.server.attempts:
             wait_s = self.wait_s(num_attempts - 1, found)
-            if time.monotonic() + wait_s - begin >= self.server.deadline_s:
+            if time.monotonic() + wait_s >= until:
                 break
             await asyncio.sleep(wait_s)
             async with self.session.place() as place:
-                left_s = begin + self.server.deadline_s - time.monotonic()
-                again = await self.attempt(place, body, question, left_s=left_s) if left_s > 0 else _GONE
+                again = await self.attempt(place, body, question, until=until)
             if again is _GONE:
                 break  # what went wrong before says more
             found, num_attempts = again, num_attempts + 1
@@ -241,21 +256,25 @@ class _Call:
 
     def wait_s(self, retry: int, fault: _Fault) -> float:
         """Returns the seconds before a retry: jitter, on top of what the server asked for."""
-        server = self.server
-        jitter = backoff_s(retry, base_s=server.backoff_s, most_s=server.most_backoff_s, draw=self.shared.draw.random())
-        return fault.wait_s + jitter
+        server, draw = self.server, self.shared.users.draw.random()
+        return fault.wait_s + backoff_s(retry, base_s=server.backoff_s, most_s=server.most_backoff_s, draw=draw)
 
     async def attempt(
-        self, place: AsyncConnectionPool, body: bytes, question: Question, *, left_s: float
+        self, place: AsyncConnectionPool, body: bytes, question: Question, *, until: float
     ) -> Reply | _Fault:
-        """Returns what one request came to, and tells the breaker; asks nothing while that is open."""
+        """Returns what one request came to, and tells the breaker; asks nothing while that is open, nor too late."""
         breaker = self.shared.breaker
-        while (number := breaker.admit(time.monotonic())) is None:
-            if not breaker.probing:
+        number = None
+        while number is None:
+            now = time.monotonic()
+            if now >= until:
                 return _GONE
-            await asyncio.sleep(PROBE_POLL_S)
+            if (number := breaker.admit(now)) is None:
+                if not breaker.probing:
+                    return _GONE
+                await asyncio.sleep(PROBE_POLL_S)
         try:
-            found = await self.exchange(place, body, question, limit_s=min(left_s, self.server.timeout_s))
+            found = await self.exchange(place, body, question, limit_s=min(until - now, self.server.timeout_s))
         except BaseException:
             breaker.drop(number)
             raise
@@ -294,7 +313,7 @@ class _Call:
         if status != 200:
             asked = headers.get(b"retry-after", "")
             return _Fault(
-                f"{SERVER_ERROR}: status {status}: {complaint(raw)}",
+                f"{SERVER_ERROR}: status {status}: {complaint(self.without_key(raw))}",
                 again=status in _AGAIN or status >= 500,
                 reached=status not in _NOBODY_HOME,
                 wait_s=asked_to_wait_s(asked, now=time.time(), most_s=self.server.most_backoff_s),
@@ -303,6 +322,13 @@ class _Call:
             return completion(raw, question)
         except MalformedError as error:
             return _Fault(f"{SERVER_ERROR}: {error}", reached=True)
+
+    def without_key(self, raw: bytes) -> bytes:
+        """Returns an error's body, in which a server may repeat the key that it does not know."""
+        for name, value in self.headers:
+            if name == b"Authorization":
+                raw = raw.replace(value.removeprefix(b"Bearer "), b"(key)")
+        return raw
 
 
 async def _up_to(response: Response, most: int) -> bytes | None:

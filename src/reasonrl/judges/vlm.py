@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,8 +49,15 @@ class Choice:
     """One of a few options, each one token: worth the expected value, Σ p(option) · value / Σ p(option)."""
 
     options: tuple[str, ...] = field(validator=validators.min_len(2))
+    """Read in any case."""
     values: tuple[float, ...] = field()
     """In [0, 1], one for each option."""
+
+    @options.validator
+    def _told_apart(self, _: object, value: tuple[str, ...]) -> None:
+        plain = [option.casefold() for option in value]
+        if twice := [option for option in value if plain.count(option.casefold()) > 1]:
+            raise ValueError(f"{str(twice)[1:-1]} are one option, since case does not count: give distinct ones")
 
     @values.validator
     def _one_each(self, _: object, value: tuple[float, ...]) -> None:
@@ -247,7 +253,8 @@ def _expected(answer: Choice, reply: Reply) -> tuple[float | None, str]:
             mass[found] += math.exp(log_prob)
     coverage = sum(mass)
     if not MIN_COVERAGE <= coverage <= 1.01:
-        return None, f"{OFF_OPTIONS}: {coverage:.0%} of the first token's probability is on {_few(answer.options)}"
+        why = f"{coverage:.0%} of the first token's probability is on {_few(answer.options)}"
+        return None, f"{OFF_OPTIONS}: {why}; scoring='json' asks for a text instead"
     return sum(p * v for p, v in zip(mass, answer.values, strict=True)) / coverage, ""
 
 
@@ -264,11 +271,8 @@ def _graded(answer: Rubric, text: str) -> tuple[float | None, str]:
     if isinstance(score, bool) or not isinstance(score, int | float):
         return None, f"{UNPARSEABLE}: expected a number as score, got {shown(repr(score))}"
     if not answer.low <= score <= answer.high:
-        return None, f"{OUT_OF_RANGE}: score {score} is not in {answer.low}..{answer.high}"
+        return None, f"{OUT_OF_RANGE}: score {_short(score)} is not in {answer.low}..{answer.high}"
     return score / answer.high, ""
-
-
-_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?\s*```\Z", re.DOTALL | re.IGNORECASE)
 
 
 def strict_json(text: str) -> Any:
@@ -276,13 +280,18 @@ def strict_json(text: str) -> Any:
 
     Prose beside it, two values, a key twice, NaN: none is read, since what was quoted may speak in it.
     """
-    stripped = text.strip()
-    fenced = _FENCE.match(stripped)
     try:
-        return json.loads(fenced[1] if fenced else stripped, object_pairs_hook=_once, parse_constant=_no_constant)
+        return json.loads(_unfenced(text.strip()), object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         why = f": {error}" if isinstance(error, _NotStrictError) else ""
         raise ValueError(f"expected one JSON value, got {shown(text)}{why}") from error
+
+
+def _unfenced(text: str) -> str:
+    """Returns what a fence is around; a pattern would backtrack for hours in a reply of nothing but line ends."""
+    opening, _, inside = text.partition("\n")
+    fenced = opening.rstrip().lower() in ("```", "```json") and inside.endswith("```")
+    return inside[:-3] if fenced else text
 
 
 class _NotStrictError(ValueError):
@@ -300,14 +309,20 @@ def _no_constant(name: str) -> Any:
     raise _NotStrictError(f"{name} is no JSON")
 
 
+_ALIKE = ("<\ufe64\uff1c", ">\ufe65\uff1e", "[\ufe47\uff3b", "]\ufe48\uff3d")
+"""Brackets that templates' markers have, each with all that compatibility normalisation (NFKC) makes into it."""
+_BRACKETS = str.maketrans({c: plain for plain, alike in zip("‹›()", _ALIKE, strict=True) for c in alike})
+
+
 def quoted(name: str, text: str) -> str:
     """Returns untrusted text between marks that it cannot write itself: `<plan>` ... `</plan>`, its own < and > gone.
 
-    Markup of chat templates (`<|im_end|>`), closing marks and control characters lose what makes them work; what is
-    longer than LONGEST_QUOTE is cut, and says so.
+    Markup of chat templates (`<|im_end|>`, `[/INST]`), closing marks and control characters lose what makes them work;
+    what is longer than LONGEST_QUOTE is cut, and says so. Line ends stay, and so do words such as "Assistant:", which
+    are markup to the oldest families alone: a plan's text and names are one line before they come here.
     """
     plain = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-    plain = plain.replace("<", "‹").replace(">", "›")
+    plain = plain.translate(_BRACKETS)
     if len(plain) > LONGEST_QUOTE:
         plain = plain[:LONGEST_QUOTE] + " (cut)"
     return f"<{name}>\n{plain}\n</{name}>"
@@ -325,6 +340,11 @@ def shown(text: str, *, most: int = 80) -> str:
     """Returns text for a note: one line, quoted, at most 80 characters."""
     line = " ".join(text.split())
     return repr(line if len(line) <= most else line[: most - 1] + "…")
+
+
+def _short(number: float) -> str:
+    text = str(number)
+    return text if len(text) <= 20 else f"{text[:20]}…"
 
 
 def total_cost(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:

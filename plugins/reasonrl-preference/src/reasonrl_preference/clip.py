@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reasonrl import ConfigError, Trajectory
+from reasonrl.judges.local_model import LOADING
 from reasonrl.registry import one_line
 from reasonrl_preference.files import tensors
 from reasonrl_preference.open_clip import converted, is_open_clip
@@ -70,9 +71,6 @@ def _unit(found: Any) -> Tensor:
     return functional.normalize(features.float(), dim=-1)
 
 
-_LOADING = threading.Lock()
-
-
 def encoder(
     model: str,
     *,
@@ -87,7 +85,7 @@ def encoder(
     `weights` replaces the model's own; `pad` shows pictures whole. Raises ConfigError where it cannot be loaded.
     """
     home = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _LOADING:
+    with LOADING:
         try:
             return _loaded(model, processor or model, weights, pad, home, dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -121,7 +119,9 @@ def _with_weights(model: str, weights: str) -> Any:
         if acts != {"gelu"}:
             raise ConfigError(f"{model} computes {sorted(acts)}, but open_clip's ViT-H-14 gelu: give its architecture")
         found = converted(found)
-    clip, report = CLIPModel.from_pretrained(None, config=config, state_dict=found, output_loading_info=True)
+    clip, report = CLIPModel.from_pretrained(
+        None, config=config, state_dict=found, output_loading_info=True, ignore_mismatched_sizes=True
+    )  # mismatched: named below
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:
         raise ConfigError(f"{weights} does not fit the architecture of {model}: {wrong}")

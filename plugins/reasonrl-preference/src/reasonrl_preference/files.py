@@ -13,6 +13,9 @@ from torch import Tensor
 from reasonrl import ConfigError
 from reasonrl.registry import one_line
 
+FAULTS = (EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
+"""What reading a file of another kind raises."""
+
 
 def located(where: str) -> Path:
     """Returns a path, fetching "owner/name:file" from the hub; ConfigError where there is nothing."""
@@ -34,7 +37,7 @@ def tensors(where: str) -> dict[str, Tensor]:
     path = located(where)
     try:
         found = _read(path)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except FAULTS as error:
         raise ConfigError(f"{path} is no file of tensors: {one_line(error)[:200]}") from error
     nested = found.get("state_dict", found) if isinstance(found, Mapping) else None
     if not isinstance(nested, Mapping):

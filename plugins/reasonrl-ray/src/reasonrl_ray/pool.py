@@ -31,8 +31,13 @@ class Actor:
         return True
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        """Returns the judge's verdicts."""
-        return checked(self._judge, trajectories)
+        """Returns the judge's verdicts; what it raises beside ReasonRLErrors is a JudgeError, which always pickles."""
+        try:
+            return checked(self._judge, trajectories)
+        except ReasonRLError:
+            raise
+        except Exception as error:
+            raise JudgeError(_blame(self._judge, error)) from error
 
 
 @define(eq=False)
@@ -159,7 +164,7 @@ class Pool:
         cause = error.cause
         if isinstance(cause, ReasonRLError):
             return cause
-        return JudgeError(f"judge {type(self.judge).__name__} raised {one_line(cause or error)[:300]} on Ray")
+        return JudgeError(_blame(self.judge, cause or error))
 
     def _bury(self, seat: Seat, error: Exception, waiting: deque[Part], answers: list[Verdict | str]) -> None:
         """Empties the seat; its part is judged again group by group, or has died often enough."""
@@ -222,6 +227,10 @@ class Pool:
         name = self.judge.name if isinstance(self.judge, PointwiseJudge | Named) else type(self.judge).__name__
         term = Term(name, None)
         return Verdict(dict.fromkeys(self.judge.stages, (term,)), {name: Score(None, note)})
+
+
+def _blame(judge: Judge, error: BaseException) -> str:
+    return f"judge {type(judge).__name__} raised {one_line(error)[:300]} on Ray"
 
 
 def _job() -> str:

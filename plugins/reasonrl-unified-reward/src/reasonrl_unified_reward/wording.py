@@ -39,15 +39,16 @@ VERDICT = (
     " <answer>Image 2 is better</answer> or <answer>Both images are equally good</answer>."
 )
 
+# Possessive where a run of spaces could be divided in many ways: replies are untrusted, and may be nothing else.
 _MARK = re.compile(
-    r"^[\s*#-]*(alignment|coherence|style|final)\s+score[\s*]*(?:\(\s*1\s*-\s*5\s*\))?[\s*]*:[\s*]*"
+    r"^(?:[^\S\n]|[*#-])*+(alignment|coherence|style|final)\s++score[\s*]*+(?:\(\s*1\s*-\s*5\s*\)[\s*]*+)?:[\s*]*+"
     r"(\d{1,3}(?:\.\d{1,6})?)(?:\s*/\s*5)?[\s*.]*$",
     re.MULTILINE | re.IGNORECASE,
 )
 _THOUGHT = re.compile(r"\A.*</think>", re.DOTALL | re.IGNORECASE)
 _WINNER = re.compile(
-    r"\A\s*(?:<answer>)?\s*(?:(?P<better>image\s+(?P<number>[12])\s+is\s+better)"
-    r"|(?P<tie>both\s+images\s+are\s+equally\s+(?:good|bad)))\.?\s*(?:</answer>)?\s*\Z",
+    r"\A\s*+(?:<answer>\s*+)?(?:(?P<better>image\s+(?P<number>[12])\s+is\s+better)"
+    r"|(?P<tie>both\s+images\s+are\s+equally\s+(?:good|bad)))\.?\s*+(?:</answer>\s*+)?\Z",
     re.IGNORECASE,
 )
 
