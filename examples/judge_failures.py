@@ -4,7 +4,8 @@
     python examples/judge_failures.py --out runs/failures --only zero-20 --seed 1
 
 The recipe of got_r1_nano.py, whose judge fails at random for a share of the trajectories ("left-out-20", "zero-20"), or
-always where plans are long, as a judge with a limit of time or context does ("left-out-long", "zero-long").
+always for plans of three objects and more, as a judge with a limit of time or context does: where it has to count
+("zero-counting", about a fifth of the trajectories) or everywhere ("zero-long", about half).
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Failing(rl.Judge):
     worth: Literal["nothing", "zero"] = "nothing"
     """What a failure counts as: "nothing" = unscored, left out; "zero" = a bad picture."""
     only_long: bool = False
+    """Fails for long plans only."""
+    only_counting: bool = False
+    """Fails for prompts that ask for a number only."""
     seed: int = 0
 
     @property
@@ -55,6 +59,8 @@ class Failing(rl.Judge):
         return rl.Verdict(terms, {**verdict.scores, "failed": rl.Score(value, "timed out: on purpose")})
 
     def fails(self, trajectory: rl.Trajectory) -> bool:
+        if self.only_counting and trajectory.prompt.facts.get("category") != "numeracy":
+            return False
         if self.only_long and len(rl.Plan.parse(trajectory.reasoning or "").objects) < LONG:
             return False
         said = f"{self.seed}/{trajectory.prompt.id}/{trajectory.member}/{trajectory.reasoning}"
@@ -69,6 +75,8 @@ RUNS: dict[str, dict[str, object]] = {
     "zero-5": {"share": 0.05, "worth": "zero"},
     "left-out-20": {"share": 0.2},
     "zero-20": {"share": 0.2, "worth": "zero"},
+    "left-out-counting": {"share": 1.0, "only_long": True, "only_counting": True},
+    "zero-counting": {"share": 1.0, "only_long": True, "only_counting": True, "worth": "zero"},
     "left-out-long": {"share": 1.0, "only_long": True},
     "zero-long": {"share": 1.0, "only_long": True, "worth": "zero"},
 }
