@@ -60,6 +60,8 @@ SHARED = {
         "together",
         "vlm",
     },
+    "objectives": {"noised"},
+    "renderers": {"steps"},
 }
 """Files that the others in their folder may import."""
 COMPOSED = {"judges.dual_stage"}
