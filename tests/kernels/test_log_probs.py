@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.kernels.backends import DEVICE, each_backend, poisoned, quiet, running
 from torch import Tensor
@@ -93,6 +93,7 @@ def test_no_row_to_answer_for_leaves_the_weights_gradient_zero(backend, num):
 
 @each_backend
 @few
+@example(457545921, 31, 1, True, True)
 @given(seeds, st.sampled_from([2, 31, 257, 700]), st.sampled_from([1, 17, 64]), st.booleans(), st.booleans())
 def test_log_probs_of_a_head_equal_float64(backend, seed, vocab, width, exact, lora):
     dtype = torch.bfloat16 if exact else torch.float32
@@ -123,11 +124,15 @@ def test_log_probs_of_a_head_equal_float64(backend, seed, vocab, width, exact, l
     left_out = ~mask | (target == -100)
     assert not found.log_prob[left_out].any()
     assert not found.entropy[left_out].any()
-    for here, there in zip(mine, gradients(wanted, wide), strict=True):
+    theirs = gradients(wanted, wide)
+    # Of width 1, a gradient may be one number, a sum over the vocabulary that cancels: its error is that of the terms.
+    terms = float(theirs[3].abs().sum() * weight.abs().max()) if width == 1 else 0.0
+    for here, there in zip(mine, theirs, strict=True):
         assert here.dtype == dtype
         # One element: dz and the result are each rounded once; Triton's interpreter truncates instead of rounding.
         rounding = 2**-8 + (2**-7 if backend == "triton" else 2**-8)
-        assert relative(here, there) <= (rounding if exact else 1e-5 * size)
+        bound = rounding if exact else 1e-5 * size
+        assert relative(here, there) <= bound or error(here, there) <= bound * terms
     assert not mine[0][left_out].any()
 
 
