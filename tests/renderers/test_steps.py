@@ -108,11 +108,12 @@ def check_parity(kernel, times, expected, x, v, noise):
     """Means, stds, the next latents and log-probs against what a transcription says of mean and std."""
     mean, std = expected
     found = step(kernel, x, v, *times, noise, reduce="sum")
-    torch.testing.assert_close(found.mean, mean, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(found.std.item(), std, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found.next, mean + std * noise, rtol=1e-11, atol=1e-11)
+    # The transcriptions take roots of differences, which lose digits where eta is almost 1.
+    torch.testing.assert_close(found.mean, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.std.item(), std, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.next, mean + std * noise, rtol=1e-9, atol=1e-9)
     log_prob = gaussian(found.next, mean, std)
-    torch.testing.assert_close(found.log_prob, log_prob, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.log_prob, log_prob, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(replay(kernel, x, v, *times, found.next).log_prob, log_prob / x[0].numel())
 
 
