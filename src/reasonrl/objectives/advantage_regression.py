@@ -15,16 +15,13 @@ from reasonrl.objectives.noised import (
     TIMES_VALIDATOR,
     VELOCITY,
     Times,
+    keep,
     per_action,
     trained,
     velocity,
     with_points,
 )
 from reasonrl.types import Loss, Replay, Rewards, Stage
-
-
-def _keep(step: int) -> float:
-    return 1.0
 
 
 @final
@@ -69,7 +66,7 @@ class AdvantageWeighted(Objective):
     @property
     def shadows(self) -> Mapping[str, Callable[[int], float]]:
         """The reference, where its weight is above 0."""
-        return {"reference": _keep} if self.kl else {}
+        return {"reference": keep} if self.kl else {}
 
     @property
     def smallest_group(self) -> int:

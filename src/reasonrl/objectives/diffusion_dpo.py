@@ -16,15 +16,12 @@ from reasonrl.objectives.noised import (
     TIMES_VALIDATOR,
     VELOCITY,
     Times,
+    keep,
     trained,
     velocity,
     with_points,
 )
 from reasonrl.types import Loss, Replay, Rewards, Stage
-
-
-def _keep(step: int) -> float:
-    return 1.0
 
 
 @final
@@ -58,7 +55,7 @@ class DiffusionDPO(Objective):
     @property
     def shadows(self) -> Mapping[str, Callable[[int], float]]:
         """The reference."""
-        return {"reference": _keep}
+        return {"reference": keep}
 
     @property
     def whole_groups(self) -> bool:

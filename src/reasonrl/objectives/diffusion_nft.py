@@ -16,6 +16,7 @@ from reasonrl.objectives.noised import (
     TIMES_VALIDATOR,
     VELOCITY,
     Times,
+    keep,
     per_action,
     trained,
     velocity,
@@ -25,10 +26,6 @@ from reasonrl.types import Loss, Replay, Rewards, Stage
 
 SMALLEST_WEIGHT = 1e-5
 """Floor of the mean error that normalises a squared error."""
-
-
-def _keep(step: int) -> float:
-    return 1.0
 
 
 @final
@@ -75,7 +72,7 @@ class DiffusionNFT(Objective):
     @property
     def shadows(self) -> Mapping[str, Callable[[int], float]]:
         """The old policy, and the reference where its weight is above 0."""
-        return {"old": self.decay, **({"reference": _keep} if self.kl else {})}
+        return {"old": self.decay, **({"reference": keep} if self.kl else {})}
 
     @property
     def smallest_group(self) -> int:

@@ -37,6 +37,11 @@ then moves it to s t / (1 + (s − 1) t), as there: above 1, more noise."""
 TIMES_VALIDATOR = validators.in_(get_args(Times))
 
 
+def keep(step: int) -> float:
+    """Returns 1, the decay of a copy that stays as it began: the reference."""
+    return 1.0
+
+
 def with_points(stage: Stage, *, times: Times, shift: float, shared: bool = False) -> Stage:
     """Returns a stage that also holds NOISED, TIMES and TARGET, one point a trained action.
 
