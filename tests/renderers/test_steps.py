@@ -7,22 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonrl.errors import ConfigError, ContractError
-from reasonrl.noise import Draw, normal
+from reasonrl.gaussian import guard_log_ratio, kl_means, log_ratio
+from reasonrl.noise import normal
 from reasonrl.renderers.steps import (
     CPS,
     DDIM,
     ODE,
     DanceSDE,
     FlowSDE,
-    guard_log_ratio,
-    kl_means,
-    kl_velocities,
-    log_ratio,
     replay,
     sde_coefficients,
     step,
     steps_with_density,
-    trained_steps,
 )
 
 moderate = settings(max_examples=60, deadline=None)
@@ -424,123 +420,6 @@ def test_the_gradient_is_that_of_the_density_at_what_was_drawn(kernel, s, s_next
     torch.testing.assert_close(gradient, noise * b / found.std)  # d/dv of -(x' - mean)^2 / (2 std^2), x' held still
 
 
-# ---- Ratios and divergences --------------------------------------------------------------------------
-
-
-def two_models(seed, kernel, times, *, reduce="mean", far=0.1):
-    """The step of an old prediction, and what a prediction that has moved says of it."""
-    x, v, noise = latents(seed, 3, 4, 2)
-    old = step(kernel, x, v, *times, noise, reduce=reduce)
-    moved = v + far * drawn(seed + 7, 3, 4, 2)
-    return old, replay(kernel, x, moved, *times, old.next, reduce=reduce), noise
-
-
-@moderate
-@given(falling(), etas, seeds, st.sampled_from(["sum", "mean"]), st.sampled_from([FlowSDE, DanceSDE, CPS]))
-def test_the_log_ratio_of_means_is_that_of_log_probs(times, eta, seed, reduce, kind):
-    old, new, _ = two_models(seed, kind(eta), times, reduce=reduce, far=0.01)
-    found = log_ratio(new.mean, old.mean, new.std, old.next, reduce=reduce)
-    torch.testing.assert_close(found, new.log_prob - old.log_prob, rtol=1e-5, atol=1e-8)
-
-
-@moderate
-@given(falling(), etas, seeds, st.sampled_from(["sum", "mean"]), st.sampled_from([FlowSDE, DanceSDE, CPS]))
-def test_the_corrected_ratio_is_the_papers_and_needs_only_the_noise(times, eta, seed, reduce, kind):
-    old, new, noise = two_models(seed, kind(eta), times, reduce=reduce, far=0.01)
-    found = guard_log_ratio(new.mean, old.mean, new.std, old.next, reduce=reduce)
-    moved = new.mean - old.mean
-    over = {"sum": lambda t: t.flatten(1).sum(1), "mean": lambda t: t.flatten(1).mean(1)}[reduce]
-    b = old.std
-    raw = new.log_prob - old.log_prob  # as given in GRPO-Guard: the raw log-ratio times b, plus moved^2 / 2b
-    torch.testing.assert_close(found, raw * b + over(moved**2) / (2 * b), rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(found, over(noise * moved), rtol=1e-7, atol=1e-9)
-
-
-def test_raw_ratios_drift_down_and_corrected_ones_do_not():
-    """10,000 rows: within 5 standard errors of -u^2 / 2 and of 0, and the two are that far apart."""
-    n = 10_000
-    x, v, noise = latents(11, n, 4)
-    old = step(FlowSDE(), x, v, 0.2, 0.1, noise)
-    new = replay(FlowSDE(), x, v + 0.3, 0.2, 0.1, old.next)
-    u = ((new.mean - old.mean) / old.std)[0, 0].item()
-    raw = log_ratio(new.mean, old.mean, old.std, old.next)
-    guard = guard_log_ratio(new.mean, old.mean, old.std, old.next)
-    assert abs(raw.mean().item() + u**2 / 2) < 5 * raw.std().item() / math.sqrt(n)
-    assert raw.mean().item() < -5 * raw.std().item() / math.sqrt(n)
-    assert abs(guard.mean().item()) < 5 * guard.std().item() / math.sqrt(n)
-    likelihood = log_ratio(new.mean, old.mean, old.std, old.next, reduce="sum").exp()
-    assert abs(likelihood.mean().item() - 1) < 5 * likelihood.std().item() / math.sqrt(n), (
-        "a likelihood ratio averages 1"
-    )
-
-
-def test_ratios_pass_the_gradient_to_the_new_mean_alone():
-    mean, old, x_next = (drawn(i, 2, 3).requires_grad_(True) for i in range(3))
-    std = torch.tensor(0.5, dtype=F64)
-    for ratio in (log_ratio, guard_log_ratio):
-        gradients = torch.autograd.grad(ratio(mean, old, std, x_next).sum(), (mean, old, x_next), allow_unused=True)
-        assert gradients[0] is not None
-        assert gradients[1] is gradients[2] is None
-
-
-def test_at_large_sums_ratios_of_means_keep_what_differences_of_log_probs_lose():
-    x, v, noise = latents(13, 2, 16, 64, 64)
-    moved = v + 1e-6 * drawn(20, *v.shape)
-    exact_old = step(FlowSDE(), x, v, 0.8, 0.7, noise, reduce="sum")
-    exact = log_ratio(
-        FlowSDE().moments(x, moved, 0.8, 0.7)[0], exact_old.mean, exact_old.std, exact_old.next, reduce="sum"
-    )
-    old = step(FlowSDE(), x.float(), v.float(), 0.8, 0.7, noise.float(), reduce="sum")
-    new = replay(FlowSDE(), x.float(), moved.float(), 0.8, 0.7, old.next, reduce="sum")
-    by_means = log_ratio(new.mean, old.mean, old.std, old.next, reduce="sum")
-    lost = (new.log_prob - old.log_prob - exact).abs().max()
-    kept = (by_means - exact).abs().max()
-    assert kept < 1e-3
-    assert lost > 2 * kept
-
-
-@moderate
-@given(falling(), etas, seeds, st.sampled_from([FlowSDE, DanceSDE, CPS]))
-def test_divergences_are_zero_at_equality_positive_elsewhere_and_one_is_the_others_multiple(times, eta, seed, kind):
-    kernel = kind(eta)
-    x, v, _ = latents(seed, 3, 4)
-    other = v + 0.1 * drawn(seed + 5, 3, 4)
-    mean, std = kernel.moments(x, v, *times)
-    other_mean, _ = kernel.moments(x, other, *times)
-    assert torch.equal(kl_means(mean, mean, std), torch.zeros(3, dtype=F64))
-    assert torch.equal(kl_velocities(v, v), torch.zeros(3, dtype=F64))
-    assert (kl_velocities(other, v) > 0).all()
-    divergence = kl_means(mean, other_mean, std, reduce="sum")
-    assert (divergence >= 0).all()
-    b = kernel.coefficients(*torch.tensor([[t] for t in times], dtype=F64))[1].item()
-    expected = kl_velocities(v, other, reduce="sum") * b**2 / (2 * std**2)
-    torch.testing.assert_close(divergence, expected, rtol=1e-6, atol=1e-9)
-
-
-def test_the_divergence_of_means_is_torchs():
-    mean, other, _ = latents(3, 2, 5)
-    std = torch.tensor([[0.3], [0.7]], dtype=F64)
-    torchs = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)
-    )
-    torch.testing.assert_close(kl_means(mean, other, std, reduce="sum"), torchs.sum(1))
-    torch.testing.assert_close(kl_means(mean, other, std), torchs.mean(1))
-
-
-@moderate
-@given(falling(), etas, seeds)
-def test_with_its_step_size_the_divergence_is_flow_grpos(times, eta, seed):
-    s, s_next = times
-    x, v, _ = latents(seed, 3, 4)
-    kernel = DanceSDE(eta)
-    mean, std = kernel.moments(x, v, s, s_next)
-    other, _ = kernel.moments(x, v + 0.1, s, s_next)
-    expected = ((mean - other) ** 2).mean(1) / (2 * eta**2)  # g = eta, and no |d|
-    torch.testing.assert_close(kl_means(mean, other, std, step_size=s - s_next), expected)
-    rows = torch.full((3,), s - s_next, dtype=F64)
-    torch.testing.assert_close(kl_means(mean, other, std, step_size=rows), expected)
-
-
 # ---- No density ----------------------------------------------------------------------------------------
 
 
@@ -575,7 +454,7 @@ def test_what_cannot_be_a_step_is_refused_in_one_line():
         "got steps 1.2 to 0.8": lambda: step(CPS(), x, v, 1.2, 0.8, noise),
         "got steps 0.1 to 0.5": lambda: step(CPS(), x, v, rows, 0.5, noise),
         "got steps nan to 0.5": lambda: step(ODE(), x, v, math.nan, 0.5),
-        "alpha_bar must rise, within \\(0, 1\\], got steps 0.6 to 0.4": lambda: step(DDIM(), x, v, 0.6, 0.4, noise),
+        "alpha_bar must not fall, within \\(0, 1\\], got steps 0.6 to 0.4": lambda: step(DDIM(), x, v, 0.6, 0.4, noise),
         "1 of 2 rows have a density": lambda: step(CPS(), x, v, 0.9, torch.tensor([0.5, 0.0]), noise),
         "latents are \\(2, 3\\) and the prediction is \\(2, 2\\)": lambda: step(CPS(), x, v[:, :2], 0.8, 0.6, noise),
         "latents are \\(2, 3\\) and x_next is \\(2, 2\\)": lambda: replay(CPS(), x, v, 0.8, 0.6, x[:, :2]),
@@ -596,75 +475,3 @@ def test_what_cannot_be_a_step_is_refused_in_one_line():
 def test_a_negative_noise_level_is_refused(kernel):
     with pytest.raises(ValueError, match="eta"):
         evolve(kernel, eta=-0.1)
-
-
-# ---- Windows ---------------------------------------------------------------------------------------------
-
-
-@st.composite
-def windows(draw):
-    num_steps = draw(st.integers(1, 30))
-    within = draw(st.integers(1, num_steps))
-    size = draw(st.integers(1, within))
-    return num_steps, draw(st.sampled_from(["early", "random", "sliding"])), size, within
-
-
-addresses = st.builds(Draw, st.integers(0, 99), st.integers(0, 99))
-
-
-@moderate
-@given(windows(), addresses, st.text(max_size=3))
-def test_a_window_is_one_run_of_its_size_inside_its_bounds(asked, draw, prompt_id):
-    num_steps, window, size, within = asked
-    found = trained_steps(num_steps, window, size, draw=draw, prompt_id=prompt_id, within=within)
-    start = found.index(True)
-    assert found == (False,) * start + (True,) * size + (False,) * (num_steps - start - size)
-    assert start + size <= within
-    assert found == trained_steps(num_steps, window, size, draw=draw, prompt_id=prompt_id, within=within)
-    if window == "early":
-        assert start == 0
-
-
-@moderate
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 9))
-def test_a_sliding_window_visits_every_place_in_turn(num_places, size, every):
-    num_steps = num_places + size - 1
-    starts = [
-        trained_steps(num_steps, "sliding", size, draw=Draw(0, i), every=every).index(True)
-        for i in range(num_places * every + 1)
-    ]
-    assert starts == [i // every for i in range(num_places * every)] + [0]
-
-
-def test_a_random_window_is_uniform_over_its_places_and_prompts_may_differ():
-    """4,000 addresses, 4 places: counts within 4 standard errors, sqrt(4000 * 1/4 * 3/4)."""
-    starts = [trained_steps(10, "random", 2, draw=Draw(0, i), within=5).index(True) for i in range(4000)]
-    counts = torch.bincount(torch.tensor(starts))
-    assert len(counts) == 4
-    assert (counts - 1000).abs().max() < 4 * math.sqrt(4000 * 3 / 16)
-    of_prompts = {trained_steps(10, "random", 2, draw=Draw(0, 0), prompt_id=str(i)) for i in range(40)}
-    assert len(of_prompts) > 3
-
-
-def test_all_steps_are_those_within():
-    assert trained_steps(3, draw=Draw(0, 0)) == (True, True, True)
-    assert trained_steps(3, draw=Draw(0, 0), within=2) == (True, True, False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((4, "random", 5), "got size 5, within 4, num_steps 4"),
-        ((4, "random", 0), "got size 0"),
-        ((4, "early"), "say how many steps"),
-        ((4, "all", 2), "leave it out"),
-        ((4, "late", 2), 'window must be "all", "early", "random" or "sliding"'),
-    ],
-)
-def test_a_window_that_does_not_fit_is_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        trained_steps(*arguments, draw=Draw(0, 0))
-    with pytest.raises(ConfigError, match="within 5, num_steps 4"):
-        trained_steps(4, "early", 2, draw=Draw(0, 0), within=5)
-    with pytest.raises(ConfigError, match="every 0"):
-        trained_steps(4, "sliding", 2, draw=Draw(0, 0), every=0)

@@ -12,8 +12,8 @@ Log-probs are natural logs, float32 likewise, (N,), reduced over a row's D numbe
 - "mean": nats per dimension, as Flow-GRPO, DanceGRPO and DDPO have it. It is the likelihood at a temperature of D:
   ratios sit near 1 whatever the model does, and clip ranges are 1e-4 (Flow-GRPO, DDPO) or 1e-5 (Flow-GRPO-Fast).
 - "sum": the likelihood. A clip range then means what it means for tokens; the ones above are D times as wide here (1e-4
-  at D = 65,536 is 6.6 nats). Float32 holds such a sum to 1e-2 nats: take its ratios from means (`log_ratio`), where
-  nothing large cancels.
+  at D = 65,536 is 6.6 nats). Float32 holds such a sum to 1e-2 nats: take its ratios from means
+  (`gaussian.log_ratio`), where nothing large cancels.
 """
 
 from __future__ import annotations
@@ -21,24 +21,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from attrs import field, frozen, validators
-from einops import reduce as einops_reduce
 from torch import Tensor
 
-from reasonrl.errors import ConfigError, ContractError
-from reasonrl.noise import Draw
+from reasonrl.errors import ContractError
+from reasonrl.gaussian import Reduce, is_random, log_density
 
-Reduce = Literal["sum", "mean"]
 Time = float | Tensor
 """One number, or (N,): one a row."""
 Coefficients = tuple[Tensor, Tensor, Tensor]
 """(a, b, std) of `x' = a x + b v + std z`, float64, shaped as the times."""
 
 _UNIT: Any = validators.and_(validators.ge(0.0), validators.le(1.0))
-_HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 _ONE = 1 - 1e-6
 """From here on a time is 1: shifted schedules reach 1 only up to rounding."""
 
@@ -146,7 +143,8 @@ class DDIM(Kernel):
 
     def coefficients(self, s: Tensor, s_next: Tensor, /) -> Coefficients:
         """Returns (a, b, std) of `x' = a x + b eps + std z`, for alpha_bar in the place of s."""
-        _refuse(~((s > 0) & (s < s_next) & (s_next <= 1)), s, s_next, "alpha_bar must rise, within (0, 1]")
+        # Equal ones are a step that changes nothing: some schedulers end so.
+        _refuse(~((s > 0) & (s <= s_next) & (s_next <= 1)), s, s_next, "alpha_bar must not fall, within (0, 1]")
         variance = self.eta**2 * (1 - s_next) / (1 - s) * (1 - s / s_next)
         on_x = (s_next / s).sqrt()
         return on_x, (1 - s_next - variance).clamp(min=0).sqrt() - on_x * (1 - s).sqrt(), variance.sqrt()
@@ -205,7 +203,7 @@ def step(
     stored returns the same log-prob. `noise` is (N, ...) standard normals; a deterministic step needs and uses none.
     """
     mean, std = kernel.moments(x, v, s, s_next)
-    drawn = mean + std * _noise_like(mean, noise, kernel) if _is_random(std) else mean
+    drawn = mean + std * _noise_like(mean, noise, kernel) if is_random(std) else mean
     return _scored(mean, std, drawn.to(storage_dtype or x.dtype), reduce)
 
 
@@ -229,117 +227,9 @@ def replay(
 
 def _scored(mean: Tensor, std: Tensor, x_next: Tensor, reduce: Reduce) -> Step:
     """What sampling and replay share: the density is that of the stored number."""
-    if not _is_random(std):
+    if not is_random(std):
         return Step(x_next, mean, std, None)
-    z = (x_next.detach().to(mean.dtype) - mean) / std
-    return Step(x_next, mean, std, _over_dimensions(-0.5 * z.square() - (std.log() + _HALF_LOG_TAU), reduce))
-
-
-# ---- Ratios and divergences of two steps of one std ----------------------------------------------------
-
-
-def log_ratio(mean: Tensor, old_mean: Tensor, std: Tensor, x_next: Tensor, *, reduce: Reduce = "mean") -> Tensor:
-    """Returns (N,) log p(x') - log p_old(x'), the difference of two log-probs, computed without cancellation.
-
-    With z = (x' - old_mean) / std and u = (mean - old_mean) / std it is z u - u^2 / 2 a dimension. Its mean over z is
-    -u^2 / 2, always below 0, and it grows as 1 / std: small where noise is large and large where it is small.
-    """
-    z, moved = _standardised(mean, old_mean, std, x_next)
-    return _over_dimensions(moved / std * (z - 0.5 * moved / std), reduce)
-
-
-def guard_log_ratio(mean: Tensor, old_mean: Tensor, std: Tensor, x_next: Tensor, *, reduce: Reduce = "mean") -> Tensor:
-    """Returns (N,) of GRPO-Guard's corrected log-ratio, arXiv 2510.22319: z (mean - old_mean) a dimension.
-
-    The paper's form is std log r + (mean - old_mean)^2 / (2 std), log r the raw one. With x' = old_mean + std z and
-    m = mean - old_mean, log r = z m / std - m^2 / (2 std^2), and the second term cancels: z m. Its mean over z is 0, so
-    ratios lie on both sides of 1, and its spread is |m| without the 1 / std, so one clip range serves all steps. It is
-    no likelihood ratio any more: its exponential does not average to 1 under the old policy.
-    """
-    z, moved = _standardised(mean, old_mean, std, x_next)
-    return _over_dimensions(z * moved, reduce)
-
-
-def kl_means(
-    mean: Tensor, reference: Tensor, std: Tensor, *, step_size: Time | None = None, reduce: Reduce = "mean"
-) -> Tensor:
-    """Returns (N,) KL divergences in nats of two steps of one std: (mean - reference)^2 / (2 std^2) a dimension.
-
-    With `step_size` = s - s' it is multiplied by that. For SDE kernels, where std^2 = g^2 (s - s'), this leaves
-    (mean - reference)^2 / (2 g^2), Flow-GRPO's penalty: no KL, but it does not favour the short steps of a schedule.
-    """
-    _check_random(std)
-    divergence = _over_dimensions(0.5 * ((mean - reference) / std).square(), reduce)
-    if step_size is None:
-        return divergence
-    return divergence * _time(step_size, len(mean), torch.float64).to(divergence)
-
-
-def kl_velocities(v: Tensor, reference: Tensor, *, reduce: Reduce = "mean") -> Tensor:
-    """Returns (N,) squared distances of two velocities: every step counts alike, and deterministic ones too.
-
-    Times b^2 / (2 std^2), b from `Kernel.coefficients`, it is `kl_means`.
-    """
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    return _over_dimensions((v.to(dtype) - reference.to(dtype)).square(), reduce)
-
-
-def _standardised(mean: Tensor, old_mean: Tensor, std: Tensor, x_next: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns z and mean - old_mean; the gradient flows through `mean` alone."""
-    _check_random(std)
-    old = old_mean.detach()
-    return (x_next.detach().to(mean.dtype) - old) / std, mean - old
-
-
-def _over_dimensions(values: Tensor, reduce: Reduce) -> Tensor:
-    if reduce not in ("sum", "mean"):
-        raise ConfigError(f'reduce must be "sum" or "mean", got {reduce!r}')
-    return einops_reduce(values, "n ... -> n", reduce)
-
-
-# ---- Which steps are stochastic and trained ------------------------------------------------------------
-
-Window = Literal["all", "early", "random", "sliding"]
-
-
-def trained_steps(
-    num_steps: int,
-    window: Window = "all",
-    size: int | None = None,
-    *,
-    draw: Draw,
-    prompt_id: str = "",
-    stage: str = "image",
-    within: int | None = None,
-    every: int = 1,
-) -> tuple[bool, ...]:
-    """Returns which of the steps, in the order they are taken, are random and trained: one run of `size` steps.
-
-    "all" takes all `within`, and no size; "early" the first; "random" (Flow-GRPO-Fast) a uniform place; "sliding"
-    (MixGRPO, arXiv 2507.21802) moves one on after `every` training steps, and from the last place to the first.
-    `within` keeps windows in the first so many steps (None = all steps): those that have a density, or the first half.
-    The place is a function of the address (seed, step, prompt id, stage): a group's members share it, and with the
-    default prompt id the whole step does. ConfigError where sizes do not fit.
-    """
-    end = num_steps if within is None else within
-    length = end if window == "all" and size is None else size
-    if window not in ("all", "early", "random", "sliding"):
-        raise ConfigError(f'window must be "all", "early", "random" or "sliding", got {window!r}')
-    if length is None or (window == "all" and size is not None):
-        raise ConfigError(
-            f"window {window!r} has size {size}: {'leave it out' if window == 'all' else 'say how many steps'}"
-        )
-    if not 1 <= length <= end <= num_steps or every < 1:
-        raise ConfigError(
-            f"1 <= size <= within <= num_steps and every >= 1 must hold, got size {length}, within {end}, "
-            f"num_steps {num_steps}, every {every}"
-        )
-    num_places = end - length + 1
-    start = {
-        "random": draw.key(prompt_id, (), stage, "window") % num_places,
-        "sliding": draw.step // every % num_places,
-    }.get(window, 0)
-    return tuple(start <= i < start + length for i in range(num_steps))
+    return Step(x_next, mean, std, log_density(x_next, mean, std, reduce=reduce))
 
 
 # ---- Shapes and checks -----------------------------------------------------------------------------------
@@ -365,23 +255,6 @@ def _noise_like(mean: Tensor, noise: Tensor | None, kernel: Kernel) -> Tensor:
         found = "none" if noise is None else tuple(noise.shape)
         raise ContractError(f"{kernel} draws with noise of shape {tuple(mean.shape)}, got {found}")
     return noise.to(mean)
-
-
-def _is_random(std: Tensor) -> bool:
-    """Returns whether rows have a density; ContractError where some have and others have none."""
-    num_random = int((std > 0).sum())
-    if 0 < num_random < std.numel():
-        raise ContractError(
-            f"{num_random} of {std.numel()} rows have a density and the others have std 0: step them apart"
-        )
-    return num_random > 0
-
-
-def _check_random(std: Tensor) -> None:
-    if not _is_random(std):
-        raise ContractError(
-            "a step of std 0 has no density, so no ratio and no divergence: leave it out of what is trained"
-        )
 
 
 def _check_falls(s: Tensor, s_next: Tensor) -> None:
