@@ -111,11 +111,11 @@ def restore(folder: Path, *, weights: Mapping[Trainable, Weights], optimizer: to
     return int(state["step"])
 
 
-def load_trained(folder: Path, trainables: tuple[Trainable, ...]) -> None:
-    """Puts a checkpoint's trained parameters into these trainables, for sampling."""
+def load_trained(folder: Path, learning: tuple[Trainable, ...], *, copy: str | None = None) -> None:
+    """Puts a checkpoint's trained parameters, or a named copy of them, into the trainables that learned."""
     tensors = _read(folder / "learner.safetensors")
-    for index, trainable in enumerate(trainables):
-        prefix = f"trained.{index}."
+    for index, trainable in enumerate(learning):
+        prefix = f"trained.{index}." if copy is None else f"copy.{index}.{copy}."
         mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if mine:
             _fill(trainable, mine, folder)

@@ -328,6 +328,7 @@ def loaded(checkpoint: str) -> tuple[Any, Any]:
     """Returns policy and renderer of a run, a checkpoint, a model folder, or a packaged name."""
     from reasonrl.checkpoint import load_trained, saved
     from reasonrl.policies.got_r1 import GoTR1
+    from reasonrl.recipe import AVERAGE
     from reasonrl.renderers.tokens import Tokens
 
     folder = Path(checkpoint)
@@ -335,8 +336,8 @@ def loaded(checkpoint: str) -> tuple[Any, Any]:
     folder = newest[-1] if newest else folder
     if (folder / "learner.safetensors").is_file():
         built = resumed(folder)
-        load_trained(folder, built.trainables)
-        return built.policy, built.renderer
+        load_trained(folder, built.learning, copy=None if built.average is None else AVERAGE)
+        return built.policy, built.test_renderer or built.renderer
     policy = GoTR1(checkpoint, guidance=1.0)
     patches = policy.num_image_tokens == 64
     return policy, Tokens() if patches else Tokens(checkpoint)

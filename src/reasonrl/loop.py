@@ -13,7 +13,7 @@ from reasonrl.credit import credit
 from reasonrl.distributed import World, launched, sum_metrics
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Objective, Trainable
-from reasonrl.recipe import Recipe, by_prompt
+from reasonrl.recipe import AVERAGE, Recipe, by_prompt
 from reasonrl.rollout import Experience
 from reasonrl.types import Batch, Replay
 from reasonrl.weights import Weights
@@ -34,8 +34,7 @@ class Learner:
         _refuse_torn_groups(recipe, world)
         for trainable in recipe.trainables:
             world.place(trainable.module, sharded=recipe.sharded)
-        mine = [t for t in recipe.trainables if set(recipe.trained) & set(t.stages)]
-        weights = {t: Weights(t, _shadows(recipe, t)) for t in mine}
+        weights = {t: Weights(t, _shadows(recipe, t)) for t in recipe.learning}
         modules = [o.module for o in {id(o): o for o in recipe.claims.values()}.values() if o.module is not None]
         for module in modules:
             world.place(module, sharded=False)
@@ -124,8 +123,9 @@ def pass_loss(
     batch = _prepare(batch, mine)
     frozen: dict[str, dict[str, Replay]] = {}
     for name in weights.copies:
-        with weights.use(name):
-            frozen[name] = trainable.replay(batch, _needs(batch, {c: o for c, o in mine.items() if name in o.shadows}))
+        if wanted := _needs(batch, {c: o for c, o in mine.items() if name in o.shadows}):
+            with weights.use(name):
+                frozen[name] = trainable.replay(batch, wanted)
     live = trainable.replay(batch, _needs(batch, mine))
     loss = torch.zeros((), device=weights.live[0].device)
     metrics: dict[str, Tensor] = {}
@@ -148,7 +148,9 @@ def _refuse_torn_groups(recipe: Recipe, world: World) -> None:
 
 def _shadows(recipe: Recipe, trainable: Trainable) -> dict[str, Callable[[int], float]]:
     mine = [o for c, o in recipe.claims.items() if set(c) & set(trainable.stages)]
-    return {name: decay for o in mine for name, decay in o.shadows.items()}
+    named = {name: decay for o in mine for name, decay in o.shadows.items()}
+    average = recipe.average
+    return named if average is None else {**named, AVERAGE: lambda step: average}
 
 
 def _prepare(batch: Batch, mine: Mapping[Claim, Objective]) -> Batch:

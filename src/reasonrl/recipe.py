@@ -6,18 +6,21 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from attrs import Factory, field, frozen, validators
+from attrs import Converter, Factory, evolve, field, frozen, has, validators
 
 from reasonrl.data import read_prompts
 from reasonrl.errors import ConfigError
+from reasonrl.fields import fields_of
 from reasonrl.interfaces import Judge, Objective, Policy, Renderer, Trainable
 from reasonrl.scenes import splits
 from reasonrl.scenes.grammar import parse_prompt
 from reasonrl.types import EVERY, Member, Prompt
 
 SCENES = "scenes/"
+AVERAGE = "average"
+"""The name of the weights that `Recipe.average` keeps."""
 
 
 def by_prompt(prompt_id: str, member: Member) -> object:
@@ -27,6 +30,18 @@ def by_prompt(prompt_id: str, member: Member) -> object:
 
 def _positive(default: float | None) -> object:
     return field(default=default, validator=validators.optional(validators.gt(0)))
+
+
+def _with_weights_of(test_renderer: Renderer | None, recipe: Any) -> Renderer | None:
+    """Returns one of the renderer's own class on the renderer's weights: a recipe.json cannot say that two share."""
+    kind: type = type(test_renderer)
+    alike = kind is type(recipe.renderer) and has(kind)
+    if not alike:
+        return test_renderer
+    changed: Renderer = evolve(
+        recipe.renderer, **{key: getattr(test_renderer, a.name) for key, a in fields_of(kind).items()}
+    )
+    return changed
 
 
 @frozen
@@ -66,6 +81,14 @@ class Recipe:
     warmup_steps: int = field(default=0, validator=validators.ge(0))
     weight_decay: float = field(default=0.0, validator=validators.ge(0))
     max_grad_norm: float = field(default=1.0, validator=validators.gt(0))
+    average: float | None = field(
+        default=None, validator=validators.optional(validators.and_(validators.gt(0.0), validators.lt(1.0)))
+    )
+    """Decay a step of an average over steps of every trained parameter (EMA): what is tested, and saved at the end.
+    None = none: the last weights are. A decay d every k steps is d ** (1 / k) here: Flow-GRPO's 0.9 every 8 is 0.987.
+
+    It begins at the starting weights, and after n steps still holds average ** n of them. Rollouts are drawn with the
+    last weights, unless `sample_with` says "average"."""
 
     seed: int = 0
     max_unscored: float = field(default=0.5, validator=[validators.ge(0), validators.le(1)])
@@ -93,10 +116,18 @@ class Recipe:
     tests: Mapping[str, str] = Factory(dict)
     """Prompt sources by split name, judged before and after by `test_judge`; exact = a score of 1."""
     test_judge: Judge | None = None
+    test_renderer: Renderer | None = field(
+        default=None,
+        converter=Converter(_with_weights_of, takes_self=True),  # type: ignore[misc] # mypy knows functions alone
+    )
+    """Draws what is tested, e.g. in more steps: `attrs.evolve(renderer, num_steps=40)`; None = `renderer`.
+
+    One of the same class gets the weights of `renderer`."""
 
     def __attrs_post_init__(self) -> None:
         _check_claims(self)
         _check_judge(self)
+        _check_tests(self)
         _check_groups(self)
 
     @property
@@ -123,10 +154,14 @@ class Recipe:
         return tuple(stage for stage in self.stages if stage in claimed)
 
     @property
+    def learning(self) -> tuple[Trainable, ...]:
+        """Policy and renderer, where some objective trains a stage of theirs."""
+        return tuple(t for t in self.trainables if set(self.trained) & set(t.stages))
+
+    @property
     def provides(self) -> frozenset[str]:
         """What a judge may need: texts, images and the artifacts of policy and renderer."""
-        said = self.policy.provides | frozenset({"reasoning", "plan"})
-        return said | (self.renderer.provides if self.renderer else frozenset())
+        return _provided(self.policy, self.renderer)
 
     def rate(self, step: int) -> float:
         """Returns the learning rate of a step (0-based): warm-up, then constant or cosine to 0 (GoT-R1: cosine)."""
@@ -171,6 +206,11 @@ def _check_claims(recipe: Recipe) -> None:
         raise ConfigError(f"policy and renderer both draw one of the stages {drawn}: stage names must differ")
     for claim, objective in recipe.claims.items():
         _check_needs(recipe, claim, objective)
+        if recipe.average is not None and AVERAGE in objective.shadows:
+            raise ConfigError(
+                f"{type(objective).__name__} names its own weights {AVERAGE!r}, and so does average={recipe.average}:"
+                " leave out average, or rename the objective's"
+            )
 
 
 def _check_needs(recipe: Recipe, claim: tuple[str, ...], objective: Objective) -> None:
@@ -186,8 +226,13 @@ def _check_needs(recipe: Recipe, claim: tuple[str, ...], objective: Objective) -
             )
 
 
+def _provided(policy: Policy, renderer: Renderer | None) -> frozenset[str]:
+    said = policy.provides | frozenset({"reasoning", "plan"})
+    return said | (renderer.provides if renderer else frozenset())
+
+
 def _check_judge(recipe: Recipe) -> None:
-    for judge in (recipe.judge, recipe.test_judge):
+    for judge in (recipe.judge, None if recipe.test_renderer else recipe.test_judge):
         missing = (judge.needs if judge else frozenset()) - recipe.provides
         if missing:
             raise ConfigError(
@@ -205,6 +250,26 @@ def _check_judge(recipe: Recipe) -> None:
             f"no judge speaks of stage {', '.join(silent)}, which an objective trains: add one .on it, or leave the"
             " stage out of objectives"
         )
+
+
+def _check_tests(recipe: Recipe) -> None:
+    renderer, judge = recipe.test_renderer, recipe.test_judge or recipe.judge
+    if renderer is None:
+        return
+    provided = _provided(recipe.policy, renderer)
+    own = renderer.stages if isinstance(renderer, Trainable) else ()
+    if twice := sorted(set(recipe.policy.stages) & set(own)):
+        raise ConfigError(f"policy and test_renderer both draw {twice}: stage names must differ")
+    if missing := (judge.needs if judge else frozenset()) - provided:
+        raise ConfigError(
+            f"the judge of tests needs {sorted(missing)}, but policy and test_renderer provide {sorted(provided)}:"
+            " give another test_renderer or test_judge"
+        )
+    known = tuple(
+        dict.fromkeys((*recipe.stages, *own, "image"))
+    )  # a renderer without stages draws an image all the same
+    for stage in sorted((judge.stages if judge else frozenset()) - {EVERY, *known}):
+        raise ConfigError(f"the judge of tests is .on {_unknown(stage, known)}")
 
 
 def _check_groups(recipe: Recipe) -> None:

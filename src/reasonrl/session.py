@@ -28,7 +28,7 @@ from reasonrl.recipe import Recipe, load_prompts
 from reasonrl.report import write_report
 from reasonrl.rollout import Experience, JudgeTime, rollouts
 from reasonrl.types import Prompt, Trajectory, Verdict
-from reasonrl.weights import Weights
+from reasonrl.weights import Weights, averaged
 
 NUM_SHOWN = 8
 
@@ -53,6 +53,9 @@ def run(
     weights are bit-identical to an uninterrupted run's, on the same machine and versions.
     What the recipe changed since is said, and written to run.json.
 
+    At the end `directory/model` is the policy's, and `directory/renderer` the renderer's, where it was trained. With
+    `recipe.average`, the average is what evaluations draw with, and what these folders hold; checkpoints hold both.
+
     Started by `accelerate launch` or torchrun, the processes share one run, and the first writes it. Modules go to
     the process's GPU where there is one.
     """
@@ -66,6 +69,7 @@ def run(
     progress = Progress(recipe.steps, quiet=quiet or world.rank > 0)
     session = _Session(recipe, directory, Learner.of(recipe, world), progress, tests, world)
     with world.agreed():
+        _check_shared(recipe)
         said = recipe.policy.foretell(prompts, group_size=recipe.group_size) if prompts else []
         if world.rank == 0 and not resume:  # what is refused above leaves no folder behind
             begin(directory, recipe, command=command, world=world)
@@ -106,6 +110,21 @@ class _Session:
     def writes(self) -> bool:
         """Whether this process writes what the run writes, and calls its observers."""
         return self.world.rank == 0
+
+    @property
+    def results(self) -> dict[str, Trainable]:
+        """What the run leaves, by its folder: the policy, and a renderer that was trained."""
+        found: dict[str, Trainable] = {"model": self.recipe.policy}
+        if isinstance(self.recipe.renderer, Trainable) and self.recipe.renderer in self.recipe.learning:
+            found["renderer"] = self.recipe.renderer
+        return found
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Inside, modules are whole on every process, and hold their averages where the recipe keeps some."""
+        kept = self.learner.weights.values() if self.recipe.average is not None else ()
+        with averaged(kept), self.world.whole(self.recipe.trainables):
+            yield
 
     def restore(self, found: Sequence[Path]) -> None:
         if not found:
@@ -150,10 +169,11 @@ class _Session:
                     train(self.recipe, experience, learner=self.learner, world=self.world, observe=self.observe)
             self.save()
             self.evaluate(self.recipe.steps)
-            with self.world.whole(self.recipe.trainables), self.world.agreed():
+            with self._whole(), self.world.agreed():
                 if self.writes:
-                    with checkpoint.atomic_folder(self.directory / "model") as model:
-                        self.recipe.policy.save(model)
+                    for name, trainable in self.results.items():
+                        with checkpoint.atomic_folder(self.directory / name) as folder:
+                            trainable.save(folder)
                     write_report(self.directory)
             return self.directory / "report.html"
         except KeyboardInterrupt as caught:
@@ -180,13 +200,13 @@ class _Session:
             mine = part_of(prompts, self.world)
             found = evaluate(
                 self.recipe.policy,
-                self.recipe.renderer,
+                self.recipe.test_renderer or self.recipe.renderer,
                 judge,
                 mine,
                 split=split,
                 timeout_s=self.recipe.judge_timeout_s,
             )
-            with self.world.whole(self.recipe.trainables), self.world.agreed():
+            with self._whole(), self.world.agreed():
                 got = list(self.progress.watch(found, f"evaluating {split}", total=len(mine)))
             answers += self.world.gather([evolve(a, trajectory=_light(a.trajectory)) for a in got])
         with self.world.agreed():
@@ -228,7 +248,8 @@ class _Session:
 
     def _show(self, step: int, trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict]) -> None:
         """Writes one trajectory a prompt, the first of its group."""
-        firsts = range(0, len(trajectories), self.recipe.group_size)
+        ids = [t.prompt.id for t in trajectories]
+        firsts = [ids.index(one) for one in dict.fromkeys(ids)]  # a renderer may have branched: groups differ in size
         before = sum(self.world.gather([len(firsts)])[: self.world.rank])
         mine = firsts[: max(0, NUM_SHOWN - before)]
         shown = self.world.gather([(_light(trajectories[i]), verdicts[i]) for i in mine])
@@ -311,6 +332,15 @@ def _checked(recipe: Recipe, source: str) -> tuple[Prompt, ...]:
     prompts = load_prompts(source)
     recipe.policy.check(prompts)
     return prompts
+
+
+def _check_shared(recipe: Recipe) -> None:
+    renderer = recipe.test_renderer
+    if isinstance(renderer, Trainable) and all(renderer.module is not t.module for t in recipe.trainables):
+        raise ConfigError(
+            f"test_renderer {type(renderer).__name__} has weights of its own, so tests would not see what is trained:"
+            " make it with attrs.evolve(renderer, ...)"
+        )
 
 
 def counted(trainable: Trainable, weights: Weights) -> str:

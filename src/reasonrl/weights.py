@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
+from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Trainable
+from reasonrl.recipe import AVERAGE
 from reasonrl.sharding import local
 
 
@@ -23,6 +25,12 @@ class Weights:
 
     def __init__(self, trainable: Trainable, shadows: Mapping[str, Callable[[int], float]]) -> None:
         self.live = [p for p in trainable.module.parameters() if p.requires_grad]
+        coarse = sorted({str(p.dtype) for p in self.live if p.dtype in (torch.bfloat16, torch.float16)})
+        if AVERAGE in shadows and coarse:
+            raise ConfigError(
+                f"average needs trained parameters of float32, {type(trainable).__name__} trains {', '.join(coarse)}:"
+                " small moves would be rounded away; train adapters (LoRA) or in float32"
+            )
         self.decays = dict(shadows)
         self.copies: dict[str, list[Tensor]] = {name: [p.detach().clone() for p in self.live] for name in shadows}
 
@@ -52,3 +60,13 @@ class Weights:
                 held = mine.clone()
                 mine.copy_(other)
                 other.copy_(held)
+
+
+@contextmanager
+def averaged(weights: Iterable[Weights]) -> Iterator[None]:
+    """Inside, every module that learns holds its average (`Recipe.average`), where it keeps one."""
+    with ExitStack() as stack:
+        for each in weights:
+            if AVERAGE in each.copies:
+                stack.enter_context(each.use(AVERAGE))
+        yield
