@@ -14,7 +14,7 @@ ORDER = """
 errors
 types plan relations
 interfaces
-kernels noise batch sharding
+kernels noise gaussian batch sharding
 registry fields
 hooks config data formats
 scenes
@@ -38,6 +38,8 @@ SHARED = {
         "layout",
         "llama_decoder",
         "packed_attention",
+        "planner_loading",
+        "planner_model",
         "sampling_plan",
         "stepper",
         "trained_parts",
@@ -61,7 +63,17 @@ SHARED = {
         "vlm",
     },
     "objectives": {"noised"},
-    "renderers": {"steps"},
+    "renderers": {
+        "adapting",
+        "boxes",
+        "denoising",
+        "family",
+        "packing",
+        "pipelines",
+        "spatial_guidance",
+        "steps",
+        "windows",
+    },
 }
 """Files that the others in their folder may import."""
 COMPOSED = {"judges.dual_stage"}

@@ -19,8 +19,9 @@ from attrs import frozen
 from reasonrl.errors import PluginError
 from reasonrl.interfaces import Judge, Objective, Policy, Renderer
 
-KINDS = ("policies", "renderers", "judges", "objectives", "tools", "recipes", "benchmarks")
-"""`tools` are what judges use: whom they ask, and what locates objects for them."""
+KINDS = ("policies", "renderers", "judges", "objectives", "tools", "families", "recipes", "benchmarks")
+"""`tools` are what judges and renderers use: whom they ask, what locates objects, how a denoising step is drawn.
+`families` are adapters of diffusers pipelines, named as the pipeline's class."""
 BLOCK = "REASONRL_BLOCK"
 """Environment variable: comma-separated distribution names to ignore."""
 

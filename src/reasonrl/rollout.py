@@ -24,7 +24,7 @@ from reasonrl.interfaces import Judge, Policy, Renderer, Teachable, Trainable
 from reasonrl.interfaces.judge import checked, with_terms
 from reasonrl.noise import Draw
 from reasonrl.recipe import Recipe
-from reasonrl.types import Prompt, Score, Term, Trajectory, Verdict
+from reasonrl.types import FAULT, Prompt, Score, Stop, Term, Trajectory, Verdict
 from reasonrl.weights import Weights
 
 Judged = tuple[int, Sequence[Trajectory], Sequence[Verdict]]
@@ -179,9 +179,20 @@ class Guarded:
     timeout_s: float
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        """Returns one clean verdict each; a judge out of time leaves all unscored; one that raises is a JudgeError."""
-        if not trajectories:
-            return []
+        """Returns one clean verdict each; a judge out of time leaves all unscored; one that raises is a JudgeError.
+
+        What could not be drawn (Stop.FAULT) is unscored, and no judge sees it.
+        """
+        drawn = [t for t in trajectories if t.stop is not Stop.FAULT]
+        verdicts = iter(self._asked(drawn) if drawn else ())
+        return [
+            _silent(f"not drawn: {t.artifacts.get(FAULT, 'no reason given')}")
+            if t.stop is Stop.FAULT
+            else next(verdicts)
+            for t in trajectories
+        ]
+
+    def _asked(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         outcome: list[list[Verdict] | BaseException] = []
         device = _device()
 

@@ -24,6 +24,9 @@ Member = tuple[int, ...]
 EVERY = "*"
 """The stage of a reward that counts wherever no stage-specific one is given."""
 
+FAULT = "fault"
+"""The artifact that says why a trajectory stopped with `Stop.FAULT`."""
+
 
 class Stop(enum.StrEnum):
     """Why a trajectory ended."""
@@ -32,6 +35,8 @@ class Stop(enum.StrEnum):
     """It finished by itself."""
     LENGTH = "length"
     """Its reasoning ran out of tokens and was cut."""
+    FAULT = "fault"
+    """It could not be drawn, by nobody's merit (latents that are not finite): it is left unscored."""
 
 
 @frozen
