@@ -1,4 +1,4 @@
-"""`reasonrl bench kernels|sampler|step|judges`: each prints tables and writes the same as JSON."""
+"""`reasonrl bench kernels|sampler|step|denoise|judges`: each prints tables and writes the same as JSON."""
 
 from __future__ import annotations
 
@@ -128,6 +128,43 @@ def bench_step(
     job = Job(task, rank=0 if full else rank, recomputes=checkpointing, num_rows=rows)
     result = step.run(model, dtype=dtypes[0], job=job, device=where, repeats=repeats, samples=sample, only=only)
     report(result, step.rendered(result), path, step.said_of_gradients(result))
+
+
+@bench.command("denoise")
+def bench_denoise(
+    device: Device = None,
+    size: Annotated[str, typer.Option(help="tiny, small or sd3.5-medium.")] = "small",
+    full: Annotated[bool, typer.Option("--full", help="The same as --size sd3.5-medium.")] = False,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32. Default: float32, on a GPU bfloat16.")] = "",
+    group: Annotated[int, typer.Option(help="Pictures.")] = 4,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10,
+    trained: Annotated[int, typer.Option(help="The first so many of them are random and trained.")] = 4,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = one branch.")] = 1.0,
+    rank: Annotated[int, typer.Option(help="Of the adapters that learn; 0 = every weight learns.")] = 32,
+    rows: Annotated[int | None, typer.Option(help="Pictures that are learned from at once. Default: all.")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Compute layers again in backward.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each contender takes one step a round.")] = 1,
+    only: Only = "",
+    path: Annotated[Path, typer.Option("--out", help="The JSON to write.")] = Path("bench-denoise.json"),
+) -> None:
+    """Time an RL step of a transformer of Stable Diffusion 3 with random weights.
+
+    One denoising step a pass, all trained steps at once, and the straight loop that trainers write: seconds by phase,
+    peak memory beyond the weights, activations kept at once, the difference of gradients.
+    """
+    from reasonrl.bench import denoise
+    from reasonrl.bench.denoisers import Job
+    from reasonrl.bench.models import named_dtypes
+    from reasonrl.bench.sd3 import FULL, named_model
+
+    where = chosen(device)
+    model = named_model(FULL if full else size)
+    dtypes = named_dtypes(dtype or ("bfloat16" if where.type == "cuda" else "float32"))
+    if len(dtypes) > 1:
+        raise ConfigError(f"a step has one --dtype, got {dtype!r}")
+    job = Job(group, steps, trained, guidance, rank, checkpointing, rows)
+    result = denoise.run(model, dtype=dtypes[0], job=job, device=where, repeats=repeats, only=only)
+    report(result, denoise.rendered(result), path, denoise.said_of(result))
 
 
 @bench.command("judges")
