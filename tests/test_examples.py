@@ -6,13 +6,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from attrs import evolve
 from safetensors.torch import load_file
 
-from reasonrl import Recipe, Score, Verdict
+from reasonrl import Draw, Recipe, Score, Verdict, train
+from reasonrl.cli import loaded
 from reasonrl.interfaces import Judge
 from reasonrl.policies import GoTR1
-from reasonrl.rollout import rollouts
+from reasonrl.rollout import draw_trajectories, rollouts
 from reasonrl.session import run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -32,6 +34,39 @@ def example(name: str) -> ModuleType:
 def test_a_recipe_trains_a_step(name, tmp_path):
     report = run(evolve(example(name).recipe, **SMALL), tmp_path / "run", quiet=True)
     assert report.is_file()
+
+
+@pytest.mark.parametrize(("train", "free"), [("plan", False), ("image", False), ("both", False), ("image", True)])
+def test_the_diffusion_recipe_trains_what_it_names_and_is_sampled_from(train, free, tmp_path):
+    diffusion = example("got_r1_diffusion_nano")
+    recipe = evolve(diffusion.recipe_for(train, likelihood_free=free), **{**SMALL, "group_size": 6})
+    before = [[p.detach().clone() for p in t.module.parameters()] for t in recipe.trainables]
+    assert run(recipe, tmp_path / "run", quiet=True).is_file()
+    moved = [
+        any(not torch.equal(old, new) for old, new in zip(weights, t.module.parameters(), strict=True))
+        for weights, t in zip(before, recipe.trainables, strict=True)
+    ]
+    assert moved == [train != "image", train != "plan"]
+    assert (tmp_path / "run" / "renderer").is_dir() == (train != "plan")
+    policy, renderer = loaded(str(tmp_path / "run"))
+    (drawn,) = draw_trajectories(policy, renderer, recipe.read()[:1], group_size=1, draw=Draw(0, 0))
+    (again,) = draw_trajectories(recipe.policy, recipe.test_renderer, recipe.read()[:1], group_size=1, draw=Draw(0, 0))
+    assert drawn.reasoning == again.reasoning
+    assert drawn.image.tobytes() == again.image.tobytes()
+
+
+@pytest.mark.parametrize("name", example("denoising_recipes").PUBLISHED)
+def test_a_published_recipe_trains_a_step_from_ratio_one(name):
+    recipe = evolve(example("denoising_recipes").recipe_for(name), **SMALL)
+    seen = {}
+
+    def observe(event, **facts):
+        if event == "update_end":
+            seen.update({k: float(v) for k, v in facts["metrics"].items()}, norm=float(facts["grad_norm"]))
+
+    train(recipe, rollouts(recipe, recipe.read()), observe=observe)
+    assert seen["norm"] > 0
+    assert seen.get("image/ratio", 1.0) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["full", "sum", "only_reasoning_image", "only_prompt_image", "without_spatial"])

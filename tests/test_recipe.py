@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Objective, PointwiseJudge, Policy, Renderer, Trainable
 from reasonrl.objectives import GRPO, Supervised
-from reasonrl.recipe import Recipe, by_prompt, load_prompts
+from reasonrl.recipe import Recipe, by_parent, by_prompt, load_prompts
 from reasonrl.testing import ToyJudge, ToyRenderer
 from reasonrl.types import Prompt
 
@@ -247,6 +247,14 @@ def test_prompts_given_are_prompts_read():
     assert load_prompts(list(prompts)) == prompts
     assert recipe(prompts=prompts).read() == prompts
     assert [by_prompt(p.id, (3, 1)) for p in prompts] == ["a", "b"]
+
+
+def test_by_parent_compares_the_plans_of_a_prompt_and_the_images_of_a_plan():
+    plans = [by_parent("a", (g,)) for g in range(3)]
+    images = [by_parent("a", (g, k)) for g in range(2) for k in range(2)]
+    assert len(set(plans)) == 1
+    assert images[0] == images[1] != images[2] == images[3]
+    assert by_parent("b", (0,)) not in {*plans, *images}
 
 
 # ---- Learning rate ---------------------------------------------------------------------------

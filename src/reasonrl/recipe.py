@@ -28,6 +28,11 @@ def by_prompt(prompt_id: str, member: Member) -> object:
     return prompt_id
 
 
+def by_parent(prompt_id: str, member: Member) -> object:
+    """Groups draws of one parent: the plans of a prompt, and apart from them the images of each plan."""
+    return prompt_id, member[:-1]
+
+
 def _positive(default: float | None) -> object:
     return field(default=default, validator=validators.optional(validators.gt(0)))
 

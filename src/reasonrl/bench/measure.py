@@ -20,7 +20,17 @@ import torch
 from attrs import frozen
 from torch.utils.benchmark import Timer
 
-COMPONENTS = ("reasonrl", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+COMPONENTS = (
+    "reasonrl",
+    "torch",
+    "triton",
+    "transformers",
+    "diffusers",
+    "peft",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 Result = TypeVar("Result")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
