@@ -34,8 +34,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# Two workers of one thread each; those that start Ray are alone.
 test: install lint types
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=plugins/reasonrl-ray
+	$(BIN)/python -m pytest -q plugins/reasonrl-ray
 
 clean:
 	rm -rf .venv build dist runs

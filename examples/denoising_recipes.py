@@ -55,13 +55,18 @@ PUBLISHED: dict[str, Published] = {
         DenoisingGRPO(clip=1e-5, scale="batch_std"),
     ),
     "dance-grpo": Published(
-        "DanceGRPO, arXiv 2505.07818: constant noise, one start for a group, no KL",
-        drawn(kernel=DanceSDE(eta=0.3), start="shared"),
+        "DanceGRPO, arXiv 2505.07818: constant noise, one start for a group, 60% of the steps, no KL",
+        drawn(kernel=DanceSDE(eta=0.3), start="shared", window="random", window_size=6),
         DenoisingGRPO(clip=1e-4),
     ),
     "mix-grpo": Published(
         "MixGRPO, arXiv 2507.21802: a window of random steps slides from the first to the last",
-        drawn(kernel=FlowSDE(eta=0.7), window="sliding", window_size=4, window_every=25),
+        drawn(kernel=FlowSDE(eta=0.7), window="sliding", window_size=4, window_every=25, start="shared"),
+        DenoisingGRPO(clip=1e-4),
+    ),
+    "cps": Published(
+        "Coefficients-preserving sampling, arXiv 2509.05952: no noise is added, so none is left",
+        drawn(kernel=CPS(eta=0.8)),
         DenoisingGRPO(clip=1e-4),
     ),
     "grpo-guard": Published(
@@ -72,7 +77,7 @@ PUBLISHED: dict[str, Published] = {
     "diffusion-nft": Published(
         "DiffusionNFT, arXiv 2509.16117: no likelihood, any solver, a decayed old policy draws",
         drawn(kernel=ODE(), window="early", window_size=4),
-        DiffusionNFT(scale="batch_std"),
+        DiffusionNFT(scale="batch_std", kl=1e-4),
         sample_with={"image": "old"},
     ),
     "advantage-weighted": Published(

@@ -299,3 +299,11 @@ def test_golden_cosine_with_a_warm_up_is_their_product():
     asked = recipe(steps=4, schedule="cosine", warmup_steps=2, learning_rate=1.0)
     expected = [0.5, 0.5 * (1 + math.sqrt(0.5)), 0.5, 0.5 * (1 - math.sqrt(0.5))]
     assert [asked.rate(step) for step in range(4)] == pytest.approx(expected)
+
+
+def test_weights_that_nobody_keeps_cannot_draw():
+    with pytest.raises(ConfigError, match=r"sample_with draws 'reasoning' with weights 'average', and nobody keeps"):
+        recipe(sample_with={"reasoning": "average"})
+    with pytest.raises(ConfigError, match=r"sample_with names stage 'reasonning'.* Did you mean 'reasoning'"):
+        recipe(sample_with={"reasonning": "average"}, average=0.9)
+    assert recipe(sample_with={"reasoning": "average"}, average=0.9).average == 0.9

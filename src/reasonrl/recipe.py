@@ -134,6 +134,7 @@ class Recipe:
         _check_judge(self)
         _check_tests(self)
         _check_groups(self)
+        _check_sample_with(self)
 
     @property
     def claims(self) -> dict[tuple[str, ...], Objective]:
@@ -284,6 +285,22 @@ def _check_groups(recipe: Recipe) -> None:
                 f"group_size must be at least {objective.smallest_group} for {type(objective).__name__},"
                 f" got {recipe.group_size}: a group of one has no baseline"
             )
+
+
+def _check_sample_with(recipe: Recipe) -> None:
+    for stage, name in recipe.sample_with.items():
+        if stage not in recipe.stages:
+            raise ConfigError(f"sample_with names {_unknown(stage, recipe.stages)}")
+        owner = next(t for t in recipe.trainables if stage in t.stages)
+        known = {n for claim, o in recipe.claims.items() if set(claim) & set(owner.stages) for n in o.shadows}
+        known |= {AVERAGE} if recipe.average is not None and owner in recipe.learning else set()
+        if name not in known:
+            raise ConfigError(
+                f"sample_with draws {stage!r} with weights {name!r}, and nobody keeps them. Kept:"
+                f" {', '.join(sorted(known)) or 'none'}; set average=, or take an objective that keeps copies"
+            )
+        if len({recipe.sample_with[s] for s in owner.stages if s in recipe.sample_with}) > 1:
+            raise ConfigError(f"sample_with names two weights for the stages {owner.stages} of one model: give one")
 
 
 def _unknown(stage: str, known: Sequence[str]) -> str:

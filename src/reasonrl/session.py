@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, evolve, field
+from attrs import define, evolve, field, has
 
 from reasonrl import checkpoint, hooks
 from reasonrl.batch import Row
@@ -19,6 +19,7 @@ from reasonrl.config import to_record
 from reasonrl.distributed import World, best_device, launched, part_of
 from reasonrl.errors import CheckpointError, ConfigError, RankError
 from reasonrl.eval import Answer, evaluate
+from reasonrl.fields import fields_of
 from reasonrl.folder import ROOTS, begin, changes, check_folder, read_json, write_json
 from reasonrl.interfaces import Trainable
 from reasonrl.journal import Journal, Seen, summary
@@ -335,12 +336,16 @@ def _checked(recipe: Recipe, source: str) -> tuple[Prompt, ...]:
 
 
 def _check_shared(recipe: Recipe) -> None:
-    renderer = recipe.test_renderer
-    if isinstance(renderer, Trainable) and all(renderer.module is not t.module for t in recipe.trainables):
-        raise ConfigError(
-            f"test_renderer {type(renderer).__name__} has weights of its own, so tests would not see what is trained:"
-            " make it with attrs.evolve(renderer, ...)"
-        )
+    test, renderer = recipe.test_renderer, recipe.renderer
+    if not isinstance(test, Trainable) or any(test.module is t.module for t in recipe.trainables):
+        return
+    advice, kind = "make it with attrs.evolve(renderer, ...)", type(test)
+    if kind is type(renderer) and has(kind):
+        apart = [key for key, a in fields_of(kind).items() if getattr(test, a.name) != getattr(renderer, a.name)]
+        advice = f"it differs from renderer in {', '.join(apart)}: set alike what decides the weights"
+    raise ConfigError(
+        f"test_renderer {kind.__name__} has weights of its own, so tests would not see what is trained; {advice}"
+    )
 
 
 def counted(trainable: Trainable, weights: Weights) -> str:

@@ -32,6 +32,7 @@ from reasonrl.judges import SceneSemantic
 from reasonrl.objectives import GRPO, Supervised
 from reasonrl.policies import GoTR1
 from reasonrl.policies.planner import INSTRUCTION, Planner
+from reasonrl.policies.planner_model import rectangle
 from reasonrl.recipe import load_prompts
 from reasonrl.session import run
 from reasonrl.testing import check_policy
@@ -602,3 +603,19 @@ def test_broken_folders_are_refused_in_one_line(folders, tmp_path):
     assert "cannot be loaded as a language model" in changed("cut", cut)
     assert "holds no weights" in changed("empty", lambda folder: (folder / "model.safetensors").unlink())
     assert "they are of two checkpoints" in changed("foreign", lambda folder: write_tokenizer(folder, size=200))
+
+
+def test_pictures_that_make_no_batch_are_refused_in_one_line():
+    prompts = [
+        {"prompt_ids": torch.ones(3, dtype=torch.long), "model.pixel_values": torch.zeros(1, tiles, 3, 4, 4)}
+        for tiles in (3, 5)
+    ]
+    with pytest.raises(DataError, match=r"pictures become pixel_values of \(3, 3, 4, 4\) and \(5, 3, 4, 4\)"):
+        rectangle(prompts, pad=0, device=torch.device("cpu"))
+
+
+def test_variants_with_other_adapters_leave_the_trained_weights_where_they_are():
+    policy = Planner("nano")
+    before = policy.module
+    assert evolve(policy, lora_rank=2).module is not before
+    assert policy.module is before

@@ -210,6 +210,7 @@ class Planner(Policy, Teachable):
 
     def _sample(self, prompts: Sequence[Prompt], group_size: int, draw: Draw) -> list[Trajectory]:
         contexts = [self._context(p) for p in prompts]
+        self._refuse_outgrown(prompts, contexts)
         rows = [(p, (g,), context) for p, context in zip(prompts, contexts, strict=True) for g in range(group_size)]
         keys = [draw.key(p.id, member, REASONING) for p, member, _ in rows]
         found, lengths = self.module.write(
@@ -263,8 +264,19 @@ class Planner(Policy, Teachable):
         try:
             return self._read(prompt.text, image)
         except (ValueError, OSError, ArithmeticError) as error:  # a picture that is broken, empty or of odd proportions
-            why = " ".join(str(error).split())
-            raise DataError(f"{self.checkpoint} cannot read the picture of prompt {prompt.id}: {why}") from error
+            why, what = " ".join(str(error).split()), "prompt" if image is None else "the picture of prompt"
+            raise DataError(f"{self.checkpoint} cannot read {what} {prompt.id}: {why}") from error
+
+    def _refuse_outgrown(self, prompts: Sequence[Prompt], contexts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Refuses prompts whose pictures leave the plan too little room: `check` has read the text alone."""
+        most = self._loaded.context
+        lengths = {prompt.id: len(context[PROMPT_IDS]) for prompt, context in zip(prompts, contexts, strict=True)}
+        long = [f"{i} ({n} tokens)" for i, n in lengths.items() if most is not None and n + self.max_tokens > most]
+        if long:
+            raise DataError(
+                f"{self.checkpoint}'s context holds {most} tokens, {self.max_tokens} of them for the plan; too long"
+                f" with their pictures: {', '.join(long[:3])}: give smaller pictures or fewer max_tokens"
+            )
 
     def _read(self, text: str, image: Image | None) -> dict[str, Tensor]:
         return self._loaded.read(self._rendered(text, seen=image is not None), image, bare=not self._chats)
@@ -292,12 +304,12 @@ class Planner(Policy, Teachable):
             return self._chatted([*said, ("user", text)], seen=seen)
         try:
             return self._chatted([("system", self.instruction), *said, ("user", text)], seen=seen)
-        except TemplateError:  # some refuse a system's turn
+        except (TemplateError, TypeError):  # some refuse a system's turn, some join strings to what is none
             (role, first), *rest = [*said, ("user", text)]
             both = f"{self.instruction}\n\n{first}"
         try:
             return self._chatted([(role, both), *rest], seen=seen)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             why = " ".join(str(error).split())
             raise ConfigError(
                 f"the chat template of {self.checkpoint} refuses a prompt ({why}): give template="

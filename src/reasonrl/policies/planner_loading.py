@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from reasonrl.errors import CheckpointError, ConfigError
@@ -77,6 +77,9 @@ class Loaded:
             ids = list(self.tokenizer(text, add_special_tokens=bare)["input_ids"])
             while bare and ids and ids[-1] in self.ends:  # some tokenizers end every text
                 ids.pop()
+            bos = self.tokenizer.bos_token_id
+            if bare and bos is not None and ids[:2] == [bos, bos]:  # the template's own, and the tokenizer's
+                ids = ids[1:]
             return {PROMPT_IDS: torch.tensor(ids, dtype=torch.long)}
         found = self._processed(text, image)
         length = len(found[PROMPT_IDS])
@@ -104,16 +107,15 @@ class Loaded:
 
 @define(eq=False)
 class Loader:
-    """Holds one loaded model, so that variants of a policy (`attrs.evolve`) share its weights."""
+    """Holds what was loaded, so that variants of a policy (`attrs.evolve`) share its weights."""
 
-    settings: Settings | None = None
-    _loaded: Loaded | None = None
+    _loaded: dict[Settings, Loaded] = field(factory=dict, init=False)
 
     def load(self, settings: Settings) -> Loaded:
         """Returns the model, loading it once; raises CheckpointError or ConfigError."""
-        if self._loaded is None or self.settings != settings:
-            self._loaded, self.settings = _load(settings), settings
-        return self._loaded
+        if settings not in self._loaded:
+            self._loaded[settings] = _load(settings)
+        return self._loaded[settings]
 
 
 def _load(settings: Settings) -> Loaded:

@@ -13,7 +13,7 @@ from attrs import define
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from reasonrl.errors import ConfigError
+from reasonrl.errors import ConfigError, DataError
 from reasonrl.kernels import LogProbs, ReadyHead, linear_log_prob, log_softmax, selective_log_prob
 from reasonrl.noise import choose
 from reasonrl.policies.janus_sampler import LEAVE, Tokens
@@ -248,11 +248,23 @@ def rectangle(
     ids = [line(PROMPT_IDS, row) for row in range(len(prompts))]
     found = {"input_ids": padded(ids, pad), "attention_mask": padded([torch.ones_like(row) for row in ids])}
     names = [name for name in prompts[0] if name.startswith(INPUT)]
+    _refuse_ragged(prompts, names)
     pictures = {n: torch.cat([p[n].to(device) for p in prompts]) for n in names if not n.endswith(KINDS)}
     if any(len(value) for value in pictures.values()):
         kinds = {n: padded([line(n, r, kinds=True) for r in range(len(ids))]) for n in names if n.endswith(KINDS)}
         found |= {name.removeprefix(INPUT): value for name, value in (pictures | kinds).items()}
     return found
+
+
+def _refuse_ragged(prompts: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
+    """Refuses pictures that do not make one batch: flat patches do, whatever their number; tiles may not."""
+    for name in names:
+        shapes = {tuple(p[name].shape[1:]) for p in prompts if not name.endswith(KINDS) and len(p[name])}
+        if len(shapes) > 1:
+            raise DataError(
+                f"pictures become {name.removeprefix(INPUT)} of {' and '.join(map(str, sorted(shapes)))}, which make no"
+                " batch: give all prompts pictures of one size, or take a model of flat patches (Qwen2.5-VL, Qwen3-VL)"
+            )
 
 
 def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ always sharp, and `parser` reads them exactly. The packaged weights in `scenes/n
 
     make nano-flow
 
-and draw a correct plan exactly in about half of the pictures at 10 steps: the teacher of the second run errs in a fifth
-of them. From a prompt alone they draw no whole object: it is the boxes that say what goes where.
+and draw a correct plan exactly in about 4 of 10 pictures at 10 steps: after two runs it was 97 of 100, and the teacher
+of the third errs in two fifths of the pictures. From a prompt alone they draw no whole object: boxes say
+what goes where.
 """
 
 from __future__ import annotations
