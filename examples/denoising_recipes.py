@@ -22,9 +22,8 @@ from reasonrl.judges import DualStage, ScenePromptImage
 from reasonrl.objectives import AdvantageWeighted, DenoisingGRPO, DiffusionDPO, DiffusionNFT
 from reasonrl.policies import Planner
 from reasonrl.renderers import Diffusion
+from reasonrl.renderers.pipelines import Loader
 from reasonrl.renderers.steps import CPS, ODE, DanceSDE, FlowSDE
-
-NANO = Diffusion("nano", text="prompt", num_steps=10)
 
 
 @frozen
@@ -39,7 +38,8 @@ class Published:
 
 
 def drawn(**changes: Any) -> Diffusion:
-    return evolve(NANO, **changes)
+    """Returns a renderer with weights of its own: variants by `attrs.evolve` would share what is trained."""
+    return Diffusion("nano", text="prompt", num_steps=10, **changes)
 
 
 PUBLISHED: dict[str, Published] = {
@@ -96,10 +96,11 @@ PUBLISHED: dict[str, Published] = {
 def recipe_for(name: str, *, steps: int = 60, seed: int = 0) -> rl.Recipe:
     """Returns the recipe that trains the nano flow that way; the planner writes plans and does not learn."""
     published = PUBLISHED[name]
+    renderer = evolve(published.renderer, loader=Loader())  # the packaged weights, whatever was trained before
     return rl.Recipe(
         policy=Planner("nano", max_tokens=80),
-        renderer=published.renderer,
-        test_renderer=evolve(published.renderer, kernel=ODE(), window="none", window_size=None, start="own"),
+        renderer=renderer,
+        test_renderer=evolve(renderer, kernel=ODE(), window="none", window_size=None, start="own"),
         judge=DualStage("arxiv-v1"),
         objectives={"image": published.objective},
         sample_with=published.sample_with,

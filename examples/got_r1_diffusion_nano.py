@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from attrs import evolve
 
@@ -22,24 +23,22 @@ from reasonrl.interfaces.judge import Sum
 from reasonrl.judges import DualStage, ScenePromptImage, SceneReasoningImage
 from reasonrl.objectives import GRPO, DenoisingGRPO, DiffusionNFT
 from reasonrl.policies import Planner
-from reasonrl.recipe import by_parent
 from reasonrl.renderers import Diffusion
 from reasonrl.renderers.steps import ODE, FlowSDE
 
 # Ten steps, the first three random and trained: what goes where is decided early. All pictures of a prompt begin at one
 # noise, so that they differ by what is trained. Each plan is drawn four times: pictures are compared with those of
 # their own plan, and a plan is rewarded by the mean of its four.
-FLOW = Diffusion(
-    "nano",
-    text="prompt",
-    num_steps=10,
-    kernel=FlowSDE(eta=0.7),
-    window="early",
-    window_size=3,
-    start="shared",
-    images_per_plan=4,
-    sample_rows=96,
-)
+FLOW: dict[str, Any] = {
+    "text": "prompt",
+    "num_steps": 10,
+    "kernel": FlowSDE(eta=0.7),
+    "window": "early",
+    "window_size": 3,
+    "start": "shared",
+    "images_per_plan": 4,
+    "sample_rows": 96,
+}
 REWARDS: dict[str, rl.Judge] = {
     "reasoning": DualStage("arxiv-v1").on("reasoning"),
     "image": SceneReasoningImage().named("followed").on("image"),
@@ -51,9 +50,9 @@ def recipe_for(train: str = "both", *, likelihood_free: bool = False, steps: int
     """Returns the recipe that trains the plan, the image or both."""
     trained = STAGES[train]
     objectives: dict[str | tuple[str, ...], rl.Objective] = {"reasoning": GRPO(clip=0.2), "image": DenoisingGRPO()}
-    flow, sample_with = FLOW, {}
+    flow, sample_with = Diffusion("nano", **FLOW), {}
     if likelihood_free:  # any solver draws, and three noised points of each picture are trained on
-        flow, sample_with = evolve(FLOW, kernel=ODE(), start="own"), {"image": "old"}
+        flow, sample_with = evolve(flow, kernel=ODE(), start="own"), {"image": "old"}
         objectives["image"] = DiffusionNFT(decay_rate=0.02, decay_most=0.9)
     exact = evolve(flow, kernel=ODE(), window="none", window_size=None, start="own")
     learns = "image" in trained
@@ -67,7 +66,7 @@ def recipe_for(train: str = "both", *, likelihood_free: bool = False, steps: int
         prompts="scenes/train",
         prompts_per_step=4,
         group_size=6,
-        group_by=by_parent,
+        group_by="parent",
         num_rows=48,
         steps=steps,
         learning_rate=1e-4,

@@ -55,6 +55,13 @@ def test_the_diffusion_recipe_trains_what_it_names_and_is_sampled_from(train, fr
     assert drawn.image.tobytes() == again.image.tobytes()
 
 
+def test_recipes_of_one_process_do_not_share_what_they_train():
+    for name, first, second in (("denoising_recipes", "flow-grpo", "cps"), ("got_r1_diffusion_nano", "image", "both")):
+        recipe_for = example(name).recipe_for
+        kept = [recipe_for(one) for one in (first, first, second)]
+        assert len({id(recipe.renderer.module) for recipe in kept}) == 3
+
+
 @pytest.mark.parametrize("name", example("denoising_recipes").PUBLISHED)
 def test_a_published_recipe_trains_a_step_from_ratio_one(name):
     recipe = evolve(example("denoising_recipes").recipe_for(name), **SMALL)

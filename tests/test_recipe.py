@@ -307,3 +307,11 @@ def test_weights_that_nobody_keeps_cannot_draw():
     with pytest.raises(ConfigError, match=r"sample_with names stage 'reasonning'.* Did you mean 'reasoning'"):
         recipe(sample_with={"reasonning": "average"}, average=0.9)
     assert recipe(sample_with={"reasoning": "average"}, average=0.9).average == 0.9
+
+
+def test_groupings_are_named_in_records_and_unknown_names_refused():
+    assert recipe(group_by=by_parent).group_by == "parent"
+    assert recipe(group_by="parent").group_of is by_parent
+    assert recipe().group_of is by_prompt
+    with pytest.raises(ConfigError, match="group_by must be 'prompt' or 'parent', or a function, got 'parents'"):
+        recipe(group_by="parents")

@@ -284,7 +284,7 @@ def test_check_renderer_names_the_promise_that_was_broken(renderer, message):
     assert message in refusal(check_renderer, renderer)
 
 
-@pytest.mark.parametrize("renderer", [ToyRenderer(), Branching()], ids=str)
+@pytest.mark.parametrize("renderer", [ToyRenderer(), Branching()], ids=lambda one: type(one).__name__)
 def test_check_renderer_accepts_good_renderers(renderer):
     check_renderer(renderer)
     check_renderer(renderer, sample_trajectories()[:2])

@@ -144,8 +144,28 @@ def passes(
 
 
 def _bare(rows: Sequence[Row]) -> list[Row]:
-    """Returns rows without what replay does not read, to send."""
-    return [evolve(row, trajectory=evolve(row.trajectory, images={}, artifacts={})) for row in rows]
+    """Returns rows without what replay does not read, to send; tensors of their own, for a view is sent whole."""
+    return [
+        evolve(
+            row,
+            trajectory=evolve(
+                row.trajectory,
+                images={},
+                artifacts={},
+                segments={stage: _apart(segment) for stage, segment in row.trajectory.segments.items()},
+            ),
+        )
+        for row in rows
+    ]
+
+
+def _apart(segment: Segment) -> Segment:
+    return evolve(
+        segment,
+        actions=segment.actions.clone(),
+        log_probs=None if segment.log_probs is None else segment.log_probs.clone(),
+        context={name: value.clone() for name, value in segment.context.items()},
+    )
 
 
 def _unique(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:

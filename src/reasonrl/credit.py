@@ -81,7 +81,7 @@ def _shares(
 ) -> dict[Address, tuple[float, int, bool]]:
     draws: list[_Draw] = gather(_draws(claim, trajectories, verdicts))
     labels: dict[object, int] = {}
-    groups = [labels.setdefault(recipe.group_by(d.prompt_id, d.member), len(labels)) for d in draws]
+    groups = [labels.setdefault(recipe.group_of(d.prompt_id, d.member), len(labels)) for d in draws]
     advantages, takes_part = recipe.claims[claim].advantages(to_rewards(draws, groups))
     return {
         (d.prompt_id, d.member): (float(a), g, bool(p))

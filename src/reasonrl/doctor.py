@@ -41,7 +41,7 @@ def examine(recipe: Recipe) -> list[Finding]:
         Solo(best_device()).place(trainable.module, sharded=False)
     few = prompts_of_step(prompts, 0, number=min(NUM_PROMPTS, recipe.prompts_per_step), seed=recipe.seed)
     found += [Finding(True, line) for line in recipe.policy.foretell(prompts, group_size=recipe.group_size)]
-    found += [finding for t in recipe.trainables for finding in _lost(t, recipe.learning_rate)]
+    found += [finding for t in recipe.learning for finding in _lost(t, recipe.learning_rate)]
     drawn = draw_trajectories(
         recipe.policy, recipe.renderer, few, group_size=recipe.group_size, draw=Draw(recipe.seed, 0)
     )

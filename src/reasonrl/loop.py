@@ -13,7 +13,7 @@ from reasonrl.credit import credit
 from reasonrl.distributed import World, launched, sum_metrics
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Objective, Trainable
-from reasonrl.recipe import AVERAGE, Recipe, by_parent, by_prompt
+from reasonrl.recipe import AVERAGE, Recipe
 from reasonrl.rollout import Experience
 from reasonrl.types import Batch, Replay
 from reasonrl.weights import Weights
@@ -139,7 +139,7 @@ def pass_loss(
 
 def _refuse_torn_groups(recipe: Recipe, world: World) -> None:
     coupled = [type(o).__name__ for o in recipe.claims.values() if o.whole_groups]
-    if world.size > 1 and coupled and recipe.group_by not in (by_parent, by_prompt):
+    if world.size > 1 and coupled and not isinstance(recipe.group_by, str):
         raise ConfigError(
             f"{coupled[0]} needs whole groups, and group_by may join prompts of different processes: use one process,"
             " or group by prompt"

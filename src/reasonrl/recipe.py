@@ -33,6 +33,15 @@ def by_parent(prompt_id: str, member: Member) -> object:
     return prompt_id, member[:-1]
 
 
+GROUPINGS: dict[str, Callable[[str, Member], object]] = {"prompt": by_prompt, "parent": by_parent}
+"""What a record can name."""
+
+
+def _named(grouping: Any) -> Any:
+    """Returns the name of a function that has one, else what was given."""
+    return next((name for name, function in GROUPINGS.items() if function is grouping), grouping)
+
+
 def _positive(default: float | None) -> object:
     return field(default=default, validator=validators.optional(validators.gt(0)))
 
@@ -109,7 +118,9 @@ class Recipe:
 
     For judges that wait: a server, another GPU. The weights are the same for every part: the step stays on-policy.
     """
-    group_by: Callable[[str, Member], object] = by_prompt
+    group_by: Literal["prompt", "parent"] | Callable[[str, Member], object] = field(default="prompt", converter=_named)
+    """Which draws share a baseline: all of a prompt; those of one parent, so that the images of a plan are compared
+    with each other (`by_parent`); or a function of prompt id and member, which a record cannot hold."""
     sample_with: Mapping[str, str] = Factory(dict)
     """Named weights to sample a stage's trainable with, e.g. {"image": "old"}."""
 
@@ -135,6 +146,11 @@ class Recipe:
         _check_tests(self)
         _check_groups(self)
         _check_sample_with(self)
+
+    @property
+    def group_of(self) -> Callable[[str, Member], object]:
+        """The function of prompt id and member that `group_by` names or is."""
+        return GROUPINGS[self.group_by] if isinstance(self.group_by, str) else self.group_by
 
     @property
     def claims(self) -> dict[tuple[str, ...], Objective]:
@@ -279,6 +295,10 @@ def _check_tests(recipe: Recipe) -> None:
 
 
 def _check_groups(recipe: Recipe) -> None:
+    if isinstance(recipe.group_by, str) and recipe.group_by not in GROUPINGS:
+        raise ConfigError(
+            f"group_by must be {' or '.join(map(repr, GROUPINGS))}, or a function, got {recipe.group_by!r}"
+        )
     for objective in recipe.claims.values():
         if recipe.group_size < objective.smallest_group:
             raise ConfigError(

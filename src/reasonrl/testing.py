@@ -19,7 +19,7 @@ from attrs import evolve, field, frozen, validators
 from PIL import Image
 
 from reasonrl.errors import ContractError
-from reasonrl.interfaces import Judge, Objective, PointwiseJudge, Policy, Renderer
+from reasonrl.interfaces import Judge, Objective, PointwiseJudge, Policy, Renderer, Trainable
 from reasonrl.interfaces.judge import checked
 from reasonrl.noise import Draw
 from reasonrl.types import Member, Prompt, Rewards, Segment, Trajectory, Verdict
@@ -211,7 +211,9 @@ def _check_lineage(renderer: Renderer, rows: list[Trajectory], drawn: list[Traje
         parent = parents.get(own) or parents.get((own[0], own[1][:-1]))
         if parent is None:
             raise ContractError(f"{_name(renderer)} returned {own}, no child of what it was given")
-        kept = child.texts == parent.texts and child.segments.items() >= parent.segments.items()
+        own_stages = renderer.stages if isinstance(renderer, Trainable) else ()
+        given = {stage: segment for stage, segment in parent.segments.items() if stage not in own_stages}
+        kept = child.texts == parent.texts and child.segments.items() >= given.items()
         _require(renderer, kept, f"lost a text or a segment of {own}")
         lineage.append(_address(parent))
     found = [address for address, _ in groupby(lineage)]

@@ -167,6 +167,12 @@ def test_half_precision_weights_replay_what_they_drew(name: str, dtype: str, tmp
     assert {p.dtype for n, p in model.module.named_parameters() if "lora_" in n} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_nano_flow_learns_in_half_precision(dtype: str):
+    model = Diffusion("nano", num_steps=STEPS, dtype=dtype, storage=dtype, lora_rank=2)
+    assert trained_a_step(model, Prompt("one", "a red circle"))["image/ratio"] == pytest.approx(1, abs=2e-2)
+
+
 def test_gradient_checkpointing_gives_the_same_gradient(tmp_path: Path):
     unets.stable_diffusion_3().save_pretrained(tmp_path)
     norms = [

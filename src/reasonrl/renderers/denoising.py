@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, final
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from reasonrl.renderers.family import ATTENTION, Conditions, Family, Schedule
@@ -94,22 +94,23 @@ class Path:
     def before(self, x: Tensor, conditions: Guided) -> Tensor:
         """Returns latents at the first recorded step, or at the end where there is none; as they are stored."""
         first = self.recorded.index(True) if any(self.recorded) else len(self.recorded)
-        return self._deterministic(x, conditions, range(first)).to(self.storage)
+        x = self._deterministic(x, conditions, range(first))
+        return x.to(self.storage) if any(self.recorded) else x
 
-    def random(self, x: Tensor, conditions: Guided, noise: Sequence[Tensor]) -> list[Step]:
-        """Returns the recorded steps from the stored latents x, one (N, C, H, W) of `noise` each."""
+    def random(self, x: Tensor, conditions: Guided, noise: Iterable[Tensor], *, keep_means: bool = True) -> list[Step]:
+        """Returns the recorded steps from the stored latents x, one (N, C, H, W) of `noise` each, drawn when needed."""
         steps: list[Step] = []
-        for number, i in enumerate(i for i, is_recorded in enumerate(self.recorded) if is_recorded):
+        for i, fresh in zip((i for i, taken in enumerate(self.recorded) if taken), noise, strict=True):
             found = step(
                 self.kernel,
                 x,
                 self._predict(x.float(), i, conditions),
                 *self._times(i),
-                noise[number],
+                fresh,
                 storage_dtype=self.storage,
                 reduce=self.reduce,
             )
-            steps.append(found)
+            steps.append(found if keep_means else evolve(found, mean=found.mean[:0]))
             x = found.next
         return steps
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
 import torch
-from attrs import evolve, field, frozen, validators
+from attrs import converters, evolve, field, frozen, validators
 from torch import Tensor, nn
 
 from reasonrl.errors import ConfigError
@@ -21,7 +21,7 @@ from reasonrl.renderers import denoising, steps
 from reasonrl.renderers.boxes import Boxes, Native
 from reasonrl.renderers.denoising import Guidance, Guided, spread
 from reasonrl.renderers.family import Brief, Conditions, Family, Size
-from reasonrl.renderers.pipelines import DTYPES, Learns, Loader, save
+from reasonrl.renderers.pipelines import DTYPES, Learns, Loader, follow, save
 from reasonrl.renderers.steps import DDIM, ODE, FlowSDE, Kernel, Reduce, Step
 from reasonrl.renderers.windows import Window, trained_steps
 from reasonrl.types import FAULT, Batch, Member, Replay, Segment, Stage, Stop, Trajectory
@@ -59,7 +59,8 @@ class Diffusion(Renderer, Trainable):
     """What becomes of a reasoning that gives no object a box: drawn from the prompt alone; no image, which judges score
     0; or neither drawn nor scored."""
     guidance: float = field(default=1.0, validator=validators.ge(0))
-    """w of v = u + w (c − u), in sampling and replay alike; 1 = the conditional branch alone, at half the cost."""
+    """w of v = u + w (c − u), in sampling and replay alike; 1 = the conditional branch alone, at half the cost. With
+    `SpatialGuidance` 1 is its full branch alone, and any other number leaves the weights to it."""
     negative: str = ""
     """The text of the unconditional branch."""
     unconditional: Literal["trained", "detached"] = field(
@@ -68,9 +69,9 @@ class Diffusion(Renderer, Trainable):
     """detached: no gradient through the unconditional branch, as Flow-GRPO has it: less work, another gradient."""
     images_per_plan: int = field(default=1, validator=validators.ge(1))
     """Images of each trajectory it is given; a prompt with one trajectory, as in evaluation, gets one image."""
-    size: Size | None = None
+    size: Size | None = field(default=None, converter=converters.optional(tuple))
     """(height, width) in pixels; None = the pipeline's own."""
-    num_steps: int = field(default=10, validator=validators.ge(1))
+    num_steps: int = field(default=10, validator=[validators.instance_of(int), validators.ge(1)])
     kernel: Kernel | None = None
     """The distribution of a recorded step; None = FlowSDE() for flows, DDIM() for variance-preserving models."""
     window: Literal["all", "early", "random", "sliding", "none"] = field(
@@ -112,10 +113,20 @@ class Diffusion(Renderer, Trainable):
 
     def __attrs_post_init__(self) -> None:
         sized = self.window_size is not None
-        if self.window in ("all", "none") and sized:
-            raise ConfigError(f"window={self.window!r} has no window_size, got {self.window_size}: leave it out")
+        if self.window == "all" and sized:
+            raise ConfigError(f"window='all' has no window_size, got {self.window_size}: leave it out")
         if self.window not in ("all", "none") and not sized:
             raise ConfigError(f"window={self.window!r} needs window_size: say how many steps are random and trained")
+        if not (self.window_size or 1) <= (self.window_within or self.num_steps) <= self.num_steps:
+            raise ConfigError(
+                f"window_size <= window_within <= num_steps must hold, got {self.window_size}, {self.window_within},"
+                f" {self.num_steps}"
+            )
+        if self.unconditional == "detached" and not next(iter(self.boxes.branches(self.guidance).values())):
+            raise ConfigError(
+                f"unconditional='detached' leaves nothing to learn at guidance={self.guidance:g}, where the full branch"
+                " has no weight: set 'trained', or guidance above 0"
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -131,13 +142,16 @@ class Diffusion(Renderer, Trainable):
     def family(self) -> Family:
         """The loaded pipeline in its adapter."""
         learns = Learns(self.lora_rank, self.lora_alpha, self.gradient_checkpointing)
-        return self._loader.load(self.checkpoint, self.dtype, learns, self.boxes)
+        found = self._loader.load(self.checkpoint, self.dtype, learns, self.boxes)
+        self._kernel(found)  # what cannot be drawn is refused as soon as it is known, before a run's folder is there
+        found.latent_shape(self.size or found.size)
+        return found
 
     @property
     def offers(self) -> Mapping[str, frozenset[str]]:
         """Log-probs and entropies in nats as `reduce` says, and what objectives over steps or noised points ask for."""
         said = {"step_velocity", "step_size", "velocity"}
-        if not isinstance(self.kernel, ODE):
+        if self.kernel is None or self.kernel.random:
             said |= {"log_probs", "entropy", "mean", "std"} | ({"drawn_mean"} if self.record_means else set())
         return {stage: frozenset(said) for stage in self.stages}
 
@@ -196,17 +210,15 @@ class Diffusion(Renderer, Trainable):
         # Pictures that begin alike go alike up to the window: those steps are drawn once.
         lead = [starts.index(one) for one in first] if first else list(range(len(leaves)))
         device = next(family.denoiser.parameters()).device
+        follow(family, device)
         begin = normal([draw.key(*starts[n][:2], self.stage, "start") for n in lead], *shape).to(device)
         x = path.before(begin, _collated(family, rows, lead, device))
         if first:
             x = x[[first.index(one) for one in starts]]
         conditions = _collated(family, rows, range(len(leaves)), device)
-        noise = [
-            normal([draw.key(*one, self.stage, f"step/{i}") for one in ids], *shape).to(device)
-            for i, is_recorded in enumerate(path.recorded)
-            if is_recorded
-        ]
-        taken = path.random(x, conditions, noise)
+        places = [i for i, is_recorded in enumerate(path.recorded) if is_recorded]
+        noise = (normal([draw.key(*one, self.stage, f"step/{i}") for one in ids], *shape).to(device) for i in places)
+        taken = path.random(x, conditions, noise, keep_means=self.record_means)
         clean = path.after(taken[-1].next if taken else x, conditions)
         finite = torch.isfinite(clean).flatten(1).all(1)
         pictures = iter(family.decode(clean[finite]) if finite.any() else ())
@@ -273,7 +285,9 @@ class Diffusion(Renderer, Trainable):
             moved: dict[int, Tensor] = {}
 
             def home(value: Tensor) -> Tensor:
-                return moved.setdefault(id(value), value.cpu())
+                if id(value) not in moved:
+                    moved[id(value)] = value.cpu()
+                return moved[id(value)]
 
             found = {b: [{n: home(v) for n, v in row.items()} for row in rows] for b, rows in found.items()}
         return [{branch: found[branch][place] for branch in self._branches} for place in places]
@@ -289,19 +303,27 @@ class Diffusion(Renderer, Trainable):
         recorded = (False,) * self.num_steps
         if self.window != "none":
             window: Window = self.window
+            known = steps.steps_with_density(kernel, schedule.times.tolist())
             recorded = trained_steps(
                 self.num_steps,
                 window,
                 self.window_size,
                 draw=draw,
                 stage=self.stage,
-                within=self.window_within or _random_steps(kernel, schedule.times.tolist()),
+                within=self.window_within or _random_steps(known),
                 every=self.window_every,
             )
+            if kernel.random and not all(one for one, taken in zip(known, recorded, strict=True) if taken):
+                raise ConfigError(
+                    f"{kernel} has no density at some of the steps to train, only at the first {_random_steps(known)}"
+                    f" of {self.num_steps}: lower window_within, got {self.window_within}"
+                )
         return denoising.Path(family, self._guidance, schedule, kernel, recorded, DTYPES[self.storage], self.reduce)
 
     def _kernel(self, family: Family) -> Kernel:
         kernel = self.kernel or (FlowSDE() if family.flow else DDIM())
+        if isinstance(kernel, ODE) and not family.flow:
+            return DDIM(eta=0.0)
         if isinstance(kernel, DDIM) == family.flow:
             path, fitting = ("a rectified flow", "FlowSDE") if family.flow else ("variance-preserving", "DDIM")
             raise ConfigError(f"{self.checkpoint} is {path}, and {kernel} steps over another: use {fitting}, or None")
@@ -384,7 +406,6 @@ def _collated(
     }
 
 
-def _random_steps(kernel: Kernel, times: Sequence[float]) -> int | None:
+def _random_steps(known: Sequence[bool]) -> int | None:
     """Returns how many steps have a density before the first that has none; None for a kernel without any."""
-    known = steps.steps_with_density(kernel, times)
     return (known.index(False) if False in known else len(known)) or None

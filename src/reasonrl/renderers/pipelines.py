@@ -106,8 +106,7 @@ def _nano(checkpoint: str, dtype: torch.dtype) -> Family:
 
     adapter: type[Family] = registry.load("families", NANO_PIPELINE)
     pipe = flow.load(checkpoint)
-    for part in _modules(pipe):
-        part.to(dtype)
+    pipe.transformer.to(dtype)  # boxes and patches are read in float32
     return adapter(pipe)
 
 
@@ -171,6 +170,13 @@ def scheduler_with_density(scheduler: Any, *, flow: bool) -> Any:
     )
 
 
+def follow(family: Family, device: torch.device) -> None:
+    """Brings what encodes and decodes to where the denoiser was put."""
+    for part in _modules(family.pipe):
+        if part is not family.denoiser and any(value.device != device for value in part.parameters()):
+            part.to(device)
+
+
 def _modules(pipe: Any) -> list[nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
@@ -192,7 +198,13 @@ def _prepare(family: Family, learns: Learns, boxes: Boxes) -> None:
         torch.manual_seed(LORA_SEED)
         denoiser.add_adapter(settings)
     cast_adapter_dtype(denoiser, "default")  # to float32: a step of 1e-5 is lost on most bfloat16 weights
-    for part in boxes.added(denoiser):
+    added = boxes.added(denoiser)
+    if added and denoiser.dtype != torch.float32:
+        raise ConfigError(
+            f"{type(boxes).__name__} gives the denoiser new weights that learn beside the adapters, and"
+            f" dtype={str(denoiser.dtype).removeprefix('torch.')} would round their steps away: set dtype='float32'"
+        )
+    for part in added:
         part.requires_grad_(True)
 
 

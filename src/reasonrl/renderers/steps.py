@@ -46,6 +46,11 @@ _ONE = 1 - 1e-6
 class Kernel(ABC):
     """The distribution of one step, given what the model predicts."""
 
+    @property
+    def random(self) -> bool:
+        """Whether it adds noise at all: only then its steps have densities."""
+        return True
+
     @abstractmethod
     def coefficients(self, s: Tensor, s_next: Tensor, /) -> Coefficients:
         """Returns (a, b, std) for float64 times of one shape; ContractError where no step leads from s to s_next."""
@@ -78,6 +83,11 @@ class FlowSDE(Kernel):
     )
     """Takes the place of s in 1 - s at s = 1. None = where the step ends, which is what the paper's code uses."""
 
+    @property
+    def random(self) -> bool:
+        """Whether eta is above 0."""
+        return self.eta > 0
+
     def coefficients(self, s: Tensor, s_next: Tensor, /) -> Coefficients:
         """Returns (a, b, std): std = g sqrt(s - s')."""
         last = s_next if self.s_max is None else torch.full_like(s, self.s_max)
@@ -91,6 +101,11 @@ class DanceSDE(Kernel):
 
     eta: float = field(default=0.3, validator=validators.ge(0.0))
     """Noise level; 0 is the ODE."""
+
+    @property
+    def random(self) -> bool:
+        """Whether eta is above 0."""
+        return self.eta > 0
 
     def coefficients(self, s: Tensor, s_next: Tensor, /) -> Coefficients:
         """Returns (a, b, std): std = eta sqrt(s - s')."""
@@ -111,6 +126,11 @@ class CPS(Kernel):
     eta: float = field(default=0.8, validator=_UNIT)
     """Share of the noise that is fresh, as an angle over pi / 2; 0 is the ODE."""
 
+    @property
+    def random(self) -> bool:
+        """Whether eta is above 0."""
+        return self.eta > 0
+
     def coefficients(self, s: Tensor, s_next: Tensor, /) -> Coefficients:
         """Returns (a, b, std): std = g."""
         _check_falls(s, s_next)
@@ -122,6 +142,11 @@ class CPS(Kernel):
 @frozen
 class ODE(Kernel):
     """Euler's step along the velocity, x + d v: no noise, no density."""
+
+    @property
+    def random(self) -> bool:
+        """False."""
+        return False
 
     def coefficients(self, s: Tensor, s_next: Tensor, /) -> Coefficients:
         """Returns (1, d, 0)."""
@@ -140,6 +165,11 @@ class DDIM(Kernel):
 
     eta: float = field(default=1.0, validator=_UNIT)
     """Share of the posterior's std; 0 is the ODE."""
+
+    @property
+    def random(self) -> bool:
+        """Whether eta is above 0."""
+        return self.eta > 0
 
     def coefficients(self, s: Tensor, s_next: Tensor, /) -> Coefficients:
         """Returns (a, b, std) of `x' = a x + b eps + std z`, for alpha_bar in the place of s."""
