@@ -66,6 +66,7 @@ SHARED = {
     "renderers": {
         "adapting",
         "boxes",
+        "briefs",
         "denoising",
         "family",
         "packing",

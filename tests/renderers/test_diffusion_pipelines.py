@@ -22,6 +22,7 @@ from reasonrl import CheckpointError, ConfigError, Draw, Prompt, Recipe, Traject
 from reasonrl.noise import normal
 from reasonrl.objectives import GRPO
 from reasonrl.renderers import Diffusion
+from reasonrl.renderers.spatial_guidance import SpatialGuidance
 from reasonrl.rollout import rollouts
 from reasonrl.testing import PLAN
 
@@ -202,6 +203,17 @@ def test_a_folder_that_is_no_pipeline_is_refused(content: str | None, tmp_path: 
         (tmp_path / "model_index.json").write_text(content)
     with pytest.raises((CheckpointError, ConfigError), match=r"is no diffusers pipeline|no adapter"):
         _ = Diffusion(str(tmp_path)).module
+
+
+def test_a_widened_model_is_refused_by_what_does_not_fill_it(tmp_path: Path):
+    unets.stable_diffusion_3().save_pretrained(tmp_path / "plain")
+    boxes = SpatialGuidance()
+    Diffusion(str(tmp_path / "plain"), boxes=boxes).save(tmp_path / "wide")
+    assert Diffusion(str(tmp_path / "wide"), boxes=boxes).module is not None
+    with pytest.raises(ConfigError, match="takes 12 channels and would be given 4: one widened for boxes needs"):
+        _ = Diffusion(str(tmp_path / "wide")).module
+    with pytest.raises(ConfigError, match=r"SpatialGuidance gives the denoiser new weights .* set dtype='float32'"):
+        _ = Diffusion(str(tmp_path / "plain"), boxes=boxes, dtype="bfloat16", lora_rank=2).module
 
 
 def test_a_missing_folder_is_refused():

@@ -30,6 +30,10 @@ class Boxes(ABC):
     def prepare(self, family: Family) -> None:  # noqa: B027  most boxes leave the denoiser as it is
         """Changes the loaded denoiser once, before adapters are added: wider input, attention processors."""
 
+    def channels(self, family: Family) -> int:
+        """Returns how many channels its conditions add to the latents."""
+        return 0
+
     def added(self, denoiser: nn.Module) -> tuple[nn.Module, ...]:
         """Returns the modules that `prepare` gave new weights: they learn even where adapters (LoRA) do."""
         return ()

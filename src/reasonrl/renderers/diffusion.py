@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Literal, final, get_args
 
 import torch
 from attrs import converters, evolve, field, frozen, validators
@@ -16,22 +15,18 @@ from torch import Tensor, nn
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Renderer, Trainable
 from reasonrl.noise import Draw, normal
-from reasonrl.plan import BOX_END, BOX_START, OBJ_END, OBJ_START, Plan
 from reasonrl.renderers import denoising, steps
 from reasonrl.renderers.boxes import Boxes, Native
+from reasonrl.renderers.briefs import Text, WithoutPlan, briefed, faulty
 from reasonrl.renderers.denoising import Guidance, Guided, spread
 from reasonrl.renderers.family import Brief, Conditions, Family, Size
 from reasonrl.renderers.pipelines import DTYPES, Learns, Loader, follow, save
 from reasonrl.renderers.steps import DDIM, ODE, FlowSDE, Kernel, Reduce, Step
 from reasonrl.renderers.windows import Window, trained_steps
-from reasonrl.types import FAULT, Batch, Member, Replay, Segment, Stage, Stop, Trajectory
+from reasonrl.types import Batch, Member, Replay, Segment, Stage, Trajectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-BLANK = Brief("")
-_BOXES = re.compile(rf"{re.escape(BOX_START)}.*?({re.escape(BOX_END)}|$)", re.DOTALL)
-_MARKS = re.compile("|".join(re.escape(mark) for mark in (OBJ_START, OBJ_END, BOX_START, BOX_END)))
 
 
 @final
@@ -46,16 +41,12 @@ class Diffusion(Renderer, Trainable):
 
     checkpoint: str = "nano"
     """"nano" (packaged, of the drawn world), a folder, or a Hub name of a diffusers pipeline with an adapter."""
-    text: Literal["plan", "prompt", "both"] = field(
-        default="both", validator=validators.in_(("plan", "prompt", "both"))
-    )
+    text: Text = field(default="both", validator=validators.in_(get_args(Text)))
     """What the pipeline reads: the plan's prose (without marks and coordinates), the user's prompt, or it and then the
     prose. CLIP reads 77 tokens and no more: with SD 1.5 and SDXL, long plans are cut."""
     boxes: Boxes = field(factory=Native)
     """How the plan's boxes reach the denoiser: what the pipeline takes natively, spatial guidance, regional prompts."""
-    without_plan: Literal["prompt", "nothing", "unscored"] = field(
-        default="prompt", validator=validators.in_(("prompt", "nothing", "unscored"))
-    )
+    without_plan: WithoutPlan = field(default="prompt", validator=validators.in_(get_args(WithoutPlan)))
     """What becomes of a reasoning that gives no object a box: drawn from the prompt alone; no image, which judges score
     0; or neither drawn nor scored."""
     guidance: float = field(default=1.0, validator=validators.ge(0))
@@ -157,7 +148,7 @@ class Diffusion(Renderer, Trainable):
 
     def render(self, trajectories: Sequence[Trajectory], *, draw: Draw) -> list[Trajectory]:
         """Adds an image and, where steps are recorded, their segment; the images of a plan follow each other."""
-        leaves = [self._briefed(trajectory) for trajectory in self._branched(trajectories)]
+        leaves = [briefed(t, text=self.text, without_plan=self.without_plan) for t in self._branched(trajectories)]
         drawn = iter(self._drawn([(t, brief) for t, brief in leaves if brief is not None], draw))
         return [next(drawn) if brief is not None else t for t, brief in leaves]
 
@@ -180,20 +171,6 @@ class Diffusion(Renderer, Trainable):
         for t in trajectories:
             several = self.images_per_plan if alone[t.prompt.id] > 1 else 1
             yield from (evolve(t, member=(*t.member, k)) for k in range(several)) if several > 1 else (t,)
-
-    def _briefed(self, trajectory: Trajectory) -> tuple[Trajectory, Brief | None]:
-        """Returns what to draw; None for a picture that `without_plan` leaves undrawn."""
-        prompt, reasoning = trajectory.prompt, trajectory.reasoning
-        objects = tuple(o for o in Plan.parse(reasoning).objects if o.box is not None) if reasoning else ()
-        if reasoning is None or (not objects and self.without_plan == "prompt"):
-            return trajectory, Brief(prompt.text, (), prompt.image)
-        if not objects:
-            return (
-                _faulty(trajectory, "a plan without boxes") if self.without_plan == "unscored" else trajectory
-            ), None
-        prose = _prose(reasoning)
-        text = {"plan": prose, "prompt": prompt.text, "both": f"{prompt.text} {prose}"}[self.text]
-        return trajectory, Brief(text, objects, prompt.image)
 
     @torch.no_grad()
     def _drawn(self, leaves: Sequence[tuple[Trajectory, Brief]], draw: Draw) -> list[Trajectory]:
@@ -226,7 +203,7 @@ class Diffusion(Renderer, Trainable):
         return [
             self._finished(leaves[n][0], next(pictures), segments[n])
             if finite[n]
-            else _faulty(leaves[n][0], "latents are not finite")
+            else faulty(leaves[n][0], "latents are not finite")
             for n in range(len(leaves))
         ]
 
@@ -385,15 +362,6 @@ class Diffusion(Renderer, Trainable):
     @property
     def _branches(self) -> list[str]:
         return list(self._guidance.branches)
-
-
-def _faulty(trajectory: Trajectory, why: str) -> Trajectory:
-    return evolve(trajectory, stop=Stop.FAULT, artifacts={**trajectory.artifacts, FAULT: why})
-
-
-def _prose(reasoning: str) -> str:
-    """Returns a plan's words without marks and coordinates."""
-    return " ".join(_MARKS.sub("", _BOXES.sub("", reasoning)).split()).replace(" ,", ",").replace(" .", ".")
 
 
 def _collated(

@@ -71,6 +71,11 @@ class Family(ABC):
         return found
 
     @property
+    def input_channels(self) -> int | None:
+        """Channels that the denoiser takes, where latents go in as they are; None = they are packed, or joined here."""
+        return None
+
+    @property
     @abstractmethod
     def size(self) -> Size:
         """The pixels a picture has unless told otherwise."""

@@ -67,6 +67,7 @@ def load_family(checkpoint: str, dtype: str, learns: Learns, boxes: Boxes) -> Fa
             part.requires_grad_(False)
             part.eval()
         boxes.prepare(family)
+        _refuse_other_input(checkpoint, family, boxes)
         _prepare(family, learns, boxes)
         if torch.cuda.is_available():  # the process's own GPU, as for what is trained
             for part in _modules(family.pipe):
@@ -179,6 +180,15 @@ def follow(family: Family, device: torch.device) -> None:
 
 def _modules(pipe: Any) -> list[nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def _refuse_other_input(checkpoint: str, family: Family, boxes: Boxes) -> None:
+    given, taken = family.latent_shape(family.size)[0] + boxes.channels(family), family.input_channels
+    if taken is not None and taken != given:
+        raise ConfigError(
+            f"{checkpoint} takes {taken} channels and would be given {given}: one widened for boxes needs"
+            " boxes=SpatialGuidance(), one for inpainting is no text-to-image model"
+        )
 
 
 def _prepare(family: Family, learns: Learns, boxes: Boxes) -> None:

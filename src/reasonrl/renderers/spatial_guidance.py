@@ -71,6 +71,10 @@ class SpatialGuidance(Boxes):
         if old == latent:
             _widen(family.denoiser, layer, 3 * latent)
 
+    def channels(self, family: Family) -> int:
+        """Returns those of the boxes and of the reference."""
+        return 2 * int(family.pipe.vae.config.latent_channels)
+
     def added(self, denoiser: nn.Module) -> tuple[nn.Module, ...]:
         """Returns the first layer: its new weights are 0 and have everything to learn."""
         return (_first_layer(denoiser)[1],)

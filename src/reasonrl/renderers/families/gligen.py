@@ -37,6 +37,11 @@ class GLIGEN(Family):
         return found
 
     @property
+    def input_channels(self) -> int:
+        """The UNet's, those of boxes included."""
+        return int(self.pipe.unet.config.in_channels)
+
+    @property
     def size(self) -> Size:
         """The UNet's sample size, in pixels."""
         side = int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)

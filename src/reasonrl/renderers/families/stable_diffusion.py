@@ -31,6 +31,11 @@ class StableDiffusion(Family):
         return found
 
     @property
+    def input_channels(self) -> int:
+        """The UNet's, those of boxes included."""
+        return int(self.pipe.unet.config.in_channels)
+
+    @property
     def size(self) -> Size:
         """The UNet's sample size, in pixels."""
         side = self.pipe.unet.config.sample_size

@@ -19,6 +19,11 @@ class StableDiffusion3(Family):
     """Draws with diffusers' StableDiffusion3Pipeline."""
 
     @property
+    def input_channels(self) -> int:
+        """The transformer's, those of boxes included."""
+        return int(self.pipe.transformer.config.in_channels)
+
+    @property
     def size(self) -> Size:
         """The transformer's sample size, in pixels."""
         side = int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
