@@ -63,7 +63,7 @@ def test_an_unknown_name_suggests_the_near_one_and_lists_the_others(install: Ins
 def test_an_unknown_kind_suggests_the_near_one() -> None:
     assert loaded("judge", "sharpness") == (
         "unknown kind 'judge'. Did you mean 'judges'?"
-        " Kinds: policies, renderers, judges, objectives, tools, recipes, benchmarks"
+        " Kinds: policies, renderers, judges, objectives, tools, families, recipes, benchmarks"
     )
 
 

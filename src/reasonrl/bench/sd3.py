@@ -74,6 +74,11 @@ class Parts:
     transformer: Any
     scheduler: Any
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """Its parts by name, as a pipeline of diffusers has them."""
+        return {"transformer": self.transformer, "scheduler": self.scheduler}
+
 
 @final
 class RandomText(Family):
