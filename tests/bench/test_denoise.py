@@ -81,7 +81,9 @@ def test_kept_bytes_count_what_lives_at_once():
 def test_streamed_steps_hold_one_step_of_memory():
     model, job = evolve(TINY, head_width=32, side=24), Job(group=4, steps=8, trained=8, rank=4)
     ours, whole = (apart(partial(take, model, name, "float32", job, CPU), CPU) for name in (OURS, WHOLE))
-    assert ours.peak < whole.peak / 4
+    assert not isinstance(ours, str), ours  # a line that says why its process failed
+    assert not isinstance(whole, str), whole
+    assert ours.peak < whole.peak / 2  # of a whole process; what autograd keeps is an eighth (tests/renderers)
 
 
 def test_full_is_the_published_configuration():
