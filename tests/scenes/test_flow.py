@@ -276,3 +276,9 @@ def test_the_script_trains_and_saves_in_half_the_bytes(script, tmp_path, monkeyp
         (file,) = (tmp_path / name).glob("*.safetensors")
         assert file.stat().st_size < 2.5 * sum(p.numel() for p in old.parameters()) + 10_000
     assert same(before.latents.state_dict(), after.latents.state_dict())
+
+
+def test_a_saved_flow_does_not_say_where_it_was_loaded_from(tmp_path):
+    flow.load("nano").save_pretrained(tmp_path / "once")
+    flow.load(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    assert not [path for path in tmp_path.rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]

@@ -57,6 +57,9 @@ class NanoFlow:
 
         folder = Path(folder)
         self.transformer.save_pretrained(folder / "transformer")
+        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where it was loaded from: another machine's affair
+        (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.scheduler.save_pretrained(folder / "scheduler")
         for name in _MODULES:
             part: Any = getattr(self, name)
