@@ -232,6 +232,13 @@ def _windows(batch: Batch, num_actions: int | None) -> Iterator[Batch]:
             yield evolve(batch, stages=window)
 
 
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Returns (N, T, ...) with the (K, ...) values where the mask is True, else 0."""
+    out = values.new_zeros(*mask.shape, *values.shape[1:])
+    out[mask] = values
+    return out
+
+
 def join_stages(batch: Batch, claim: Claim) -> Stage:
     """Returns the claim's stages of a batch as one, joined along T; one stage is itself."""
     parts = [batch.stages[name] for name in claim if name in batch.stages]

@@ -144,7 +144,7 @@ def test_without_a_plan_it_draws_much_worse(family, planned, pictures):
 
 
 def test_moving_a_planned_box_moves_the_object(family, planned, pictures):
-    """Its new box is painted, and its old one is not; measured: whole at the new place in 0.67."""
+    """Its new box is painted, and its old one is not; measured of 120: whole at the new place in 0.62."""
     rng = np.random.default_rng(3)
     targets, moved = zip(*(with_one_moved(brief, rng) for brief in planned), strict=True)
     after = drawn(family, moved)

@@ -8,6 +8,7 @@ from typing import Literal, final, get_args
 from attrs import field, frozen, validators
 from torch import Tensor
 
+from reasonrl.batch import spread
 from reasonrl.errors import ContractError
 from reasonrl.gaussian import Reduce, guard_log_ratio, kl_means, kl_velocities, log_ratio
 from reasonrl.interfaces import Objective
@@ -102,14 +103,14 @@ class DenoisingGRPO(Objective):
             clip=(self.clip, self.clip if self.clip_high is None else self.clip_high),
             agg="const",  # a sum: the loop divides by the step's count
         )
-        spread = log_rho.detach()[stage.mask]
+        moved = log_rho.detach()[stage.mask]
         metrics = {
             "surrogate": found.metrics["surrogate"],
             "ratio": found.metrics["ratio"],
             "clip_low_frac": found.metrics["clip_low"],
             "clip_high_frac": found.metrics["clip_high"],
-            "log_ratio": spread.sum(),
-            "log_ratio_size": spread.abs().sum(),
+            "log_ratio": moved.sum(),
+            "log_ratio_size": moved.abs().sum(),
         }
         total = found.loss
         if self.kl:
@@ -135,7 +136,7 @@ class DenoisingGRPO(Objective):
             stage.actions[stage.mask],
             reduce=self.reduce,
         )
-        return found.new_zeros(stage.mask.shape).masked_scatter(stage.mask, found)
+        return spread(found, stage.mask)
 
     def _distances(self, stage: Stage, replay: Replay, reference: Replay) -> Tensor:
         """Returns (K,) distances from the reference at the K trained steps."""

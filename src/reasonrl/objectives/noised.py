@@ -13,6 +13,7 @@ import torch
 from attrs import evolve, validators
 from torch import Tensor
 
+from reasonrl.batch import spread
 from reasonrl.errors import ContractError
 from reasonrl.noise import Draw, normal, uniform
 from reasonrl.types import Member, Replay, Stage
@@ -59,8 +60,8 @@ def with_points(stage: Stage, *, times: Times, shift: float, shared: bool = Fals
     noise = normal(_keys(stage, rows, places, "noise", shared=shared), *example.shape).to(device, dtype)
     wide = t.reshape(-1, *[1] * example.ndim)
     points = {NOISED: (1 - wide) * clean + wide * noise, TIMES: t, TARGET: noise - clean}
-    spread = {name: _spread(values, stage.mask) for name, values in points.items()}
-    return evolve(stage, context={**stage.context, **spread})
+    laid_out = {name: spread(values, stage.mask) for name, values in points.items()}
+    return evolve(stage, context={**stage.context, **laid_out})
 
 
 def trained(stage: Stage, name: str) -> Tensor:
@@ -120,10 +121,3 @@ def _first_of_groups(stage: Stage, rows: set[int]) -> dict[int, tuple[str, Membe
         prompt = stage.keys[n][0]
         first[groups[n]] = min(prompt, first.get(groups[n], prompt))
     return {n: (first[groups[n]], ()) for n in rows}
-
-
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns (N, T, ...) with the (K, ...) values where the mask is True, else 0."""
-    out = values.new_zeros(*mask.shape, *values.shape[1:])
-    out[mask] = values
-    return out

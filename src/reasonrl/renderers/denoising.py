@@ -10,11 +10,9 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from reasonrl.renderers.family import ATTENTION, Conditions, Family, Schedule
+from reasonrl.renderers.family import ATTENTION, CHANNELS, Conditions, Family, Schedule
 from reasonrl.renderers.steps import DDIM, ODE, Kernel, Reduce, Step, step
 
-CHANNELS = "channels"
-"""A condition of this name joins the latents along their channels, before the denoiser."""
 Guided = Mapping[str, Conditions]
 """The conditions of each branch, K rows each."""
 
@@ -132,10 +130,3 @@ class Path:
 
     def _times(self, i: int) -> tuple[float, float]:
         return float(self.schedule.times[i]), float(self.schedule.times[i + 1])
-
-
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns (N, T, ...) with the (K, ...) values where the mask is True, else 0."""
-    out = values.new_zeros(*mask.shape, *values.shape[1:])
-    out[mask] = values
-    return out

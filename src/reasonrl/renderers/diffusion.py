@@ -12,13 +12,14 @@ import torch
 from attrs import converters, evolve, field, frozen, validators
 from torch import Tensor, nn
 
+from reasonrl.batch import spread
 from reasonrl.errors import ConfigError
 from reasonrl.interfaces import Renderer, Trainable
 from reasonrl.noise import Draw, normal
 from reasonrl.renderers import denoising, steps
 from reasonrl.renderers.boxes import Boxes, Native
 from reasonrl.renderers.briefs import Text, WithoutPlan, briefed, faulty
-from reasonrl.renderers.denoising import Guidance, Guided, spread
+from reasonrl.renderers.denoising import Guidance, Guided
 from reasonrl.renderers.family import Brief, Conditions, Family, Size
 from reasonrl.renderers.pipelines import DTYPES, Learns, Loader, follow, save
 from reasonrl.renderers.steps import DDIM, ODE, FlowSDE, Kernel, Reduce, Step
@@ -336,10 +337,8 @@ class Diffusion(Renderer, Trainable):
         began = [stage.context["start"][n] if i == 0 else stage.actions[n, i - 1] for n, i in pairs]
         x = torch.stack(began).float()
         s, s_next, inputs = torch.stack([stage.context["schedule"][n][i] for n, i in pairs]).unbind(1)
-        kernel, v = (
-            self._kernel(self.family),
-            denoising.predict(self.family, self._guidance, x, inputs.float(), conditions),
-        )
+        kernel = self._kernel(self.family)
+        v = denoising.predict(self.family, self._guidance, x, inputs.float(), conditions)
         found = {"step_velocity": v, "step_size": (s - s_next).abs().float()}
         if self.record_means:
             found["drawn_mean"] = torch.stack([stage.context["means"][n][i] for n, i in pairs])

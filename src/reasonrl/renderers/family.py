@@ -27,6 +27,8 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 Conditions = Mapping[str, Tensor]
 """What the denoiser sees besides the latents, by name; one row without the leading axis, or K rows with it."""
+CHANNELS = "channels"
+"""A condition of this name joins the latents along their channels, before the denoiser."""
 ATTENTION = "attention."
 """Conditions whose names begin so are for attention processors, "attention.regions" as `regions`; they keep
 their precision."""
@@ -100,7 +102,7 @@ class Family(ABC):
         """Returns (K, C, H, W) velocities (or ε) of K latents at (K,) `Schedule.inputs`; one call of the denoiser.
 
         Latents come in the denoiser's dtype; of variance-preserving models in float32, for the denoiser to be cast.
-        Channels beyond the latents' own (`denoising.CHANNELS`) are the denoiser's affair.
+        Channels beyond the latents' own (`CHANNELS`) are the denoiser's affair.
         """
 
     @abstractmethod

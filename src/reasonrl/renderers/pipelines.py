@@ -44,7 +44,7 @@ class Learns:
 
 @define(eq=False)
 class Loader:
-    """Holds what was loaded, so that variants of a renderer (`attrs.evolve`) share its weights."""
+    """Holds what was loaded, so that variants of a renderer (`attrs.evolve`) share its weights, trained ones too."""
 
     _loaded: dict[object, Family] = field(factory=dict)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from reasonrl.errors import ConfigError
 from reasonrl.renderers.boxes import Boxes, areas
+from reasonrl.renderers.family import CHANNELS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,14 +105,14 @@ class SpatialGuidance(Boxes):
         drawn = [latents.of_boxes(brief.objects) for brief in briefs]
         shown = [latents.of_picture(brief.image) for brief in briefs]
         zero = torch.zeros_like(shown[0]) if shown else torch.zeros(family.latent_shape(size))
-        blank = {**nothing, "channels": torch.cat([zero, zero])}
-        unwritten = {id(r): {**nothing, "channels": torch.cat([zero, r])} for r in shown}
+        blank = {**nothing, CHANNELS: torch.cat([zero, zero])}
+        unwritten = {id(r): {**nothing, CHANNELS: torch.cat([zero, r])} for r in shown}
         found: dict[str, list[Conditions]] = {
             "full": [
-                {**w, "channels": torch.cat([zero if s is None else s, r])}
+                {**w, CHANNELS: torch.cat([zero if s is None else s, r])}
                 for w, s, r in zip(written, drawn, shown, strict=True)
             ],
-            "text": [{**w, "channels": torch.cat([zero, r])} for w, r in zip(written, shown, strict=True)],
+            "text": [{**w, CHANNELS: torch.cat([zero, r])} for w, r in zip(written, shown, strict=True)],
             "reference": [unwritten[id(r)] for r in shown],
             "blank": [blank for _ in briefs],
         }

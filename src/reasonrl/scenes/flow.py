@@ -2,7 +2,7 @@
 
 The denoiser is diffusers' SD3Transformer2DModel at a tiny configuration, so what runs on Stable Diffusion 3 runs here.
 The latents are a fixed linear map of 8x8 patches, and decoding takes the nearest patch of the codebook: pictures are
-always sharp, and `parser` reads them exactly. The packaged weights in `scenes/nano_flow/` were made by
+always sharp, and `parser` reads them exactly. The weights in `scenes/nano_flow/` were made in three runs, as by
 
     make nano-flow
 
